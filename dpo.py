@@ -59,17 +59,29 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios)).mean()
 
 
-def cdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
-              beta=0.1, noise=0.1):
+def cdpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta=0.1,
+    noise=0.1,
+):
     """Conservative DPO (Mitchell 2023): the label is right with probability 1 - noise. The minimum lies at the
     finite margin log((1-noise)/noise), so confidence stops growing there."""
     h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
     return (-(1 - noise) * F.logsigmoid(beta * h) - noise * F.logsigmoid(-beta * h)).mean()
 
 
-def robust_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
-                beta=0.1, noise=0.1):
-    """Robust DPO (Chowdhury et al. 2024, eq. 13): unbiased. Its mean over noisy labels is DPO on clean ones."""
+def robust_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta=0.1,
+    noise=0.1,
+):
+    """Robust DPO (Chowdhury et al. 2024): unbiased. Its mean over noisy labels is DPO on clean ones."""
     h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
     right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     return (((1 - noise) * right - noise * wrong) / (1 - 2 * noise)).mean()
@@ -111,7 +123,10 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1):
 
 
 PER_TOKEN = ("ipo", "simpo", "orpo")  # these take means over tokens, the others sums
-DEFAULT_BETA = {"simpo": 2.0, "ipo": 0.1}  # of the others: 0.1
+# The strength of the leash. 0.1 is the usual choice for a large model and long answers. The tiny model moves
+# a long way in each of its large steps, and needs a shorter one: see --break low_beta.
+REAL_BETA = dict.fromkeys(("dpo", "cdpo", "robust", "ipo", "kto", "orpo"), 0.1) | {"simpo": 2.0}
+BETA = dict.fromkeys(("dpo", "cdpo", "robust", "kto", "orpo"), 1.0) | {"ipo": 0.1, "simpo": 2.0}
 
 # ---------------------------------------------------------------------------------------------
 
@@ -125,10 +140,11 @@ def pair_logps(model, prompts, chosen, rejected):
     return logps.sum(1), mask.sum(1)
 
 
-def change_a_digit(text, rng):
-    """Replace one digit of the text by another one."""
-    at = rng.choice([m.start() for m in re.finditer(r"\d", text)] or [0])
-    return text[:at] + rng.choice([d for d in "0123456789" if d != text[at]]) + text[at + 1 :]
+def slip_once(text, rng):
+    """Change the first result by one and nothing else: "8*3=24. 24-4=20." -> "8*3=25. 24-4=20." """
+    first = re.search(r"=(\d+)", text)
+    wrong = max(1, int(first[1]) + rng.choice([-1, 1]))
+    return f"{text[: first.start()]}={wrong}{text[first.end() :]}"
 
 
 @torch.no_grad()
@@ -162,26 +178,37 @@ def sampled_kl(model, ref, prompts, completions, batch=250):
 def train(args):
     """One run, from the SFT model to the report. Returns its gpt.Run."""
     # ---- policy and reference: the same model twice, one of them frozen
-    flags = []
-    if args.data:
-        flags = ["--data", args.data] + (["--load", args.base] if args.base else [])
-    where = args.load or gpt.made_by("sft", args, "a minute", flags)
+    flags = ["--data", args.data] if args.data else []
+    flags += ["--load", args.base] if args.base else []
+    where = args.load or gpt.made_by("sft", args, "a minute or more", flags)
     policy = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     ref = gpt.load_model(where, args.device, args.dtype == "bfloat16").requires_grad_(False)
     tok = gpt.Tokenizer(policy.config.tokenizer)
     run = gpt.Run(args)
 
     # ---- the preferences: training pairs, held-out pairs with true labels, held-out problems
-    steps, batch = args.steps, args.batch
+    steps, batch = args.steps, args.batch or (8 if args.data else 32)
+    # Big models take small steps: the usual size for DPO on GPT-2 and larger is 20 times smaller.
+    lr = args.lr or (1e-4 if policy.config.n_embd < 512 else 5e-6)
+    room = min(args.max_tokens, policy.config.block_size)
     if args.data:
-        pairs, counts = public.clean_pairs(public.load_rows(args.data), tok.encode, args.max_tokens)
-        public.say_counts(args.data, counts, args.max_tokens)
+        pairs, counts = public.clean_pairs(public.load_rows(args.data), tok.encode, room)
+        public.say_counts(args.data, counts, room)
+        if len(pairs) < 2 * batch:
+            raise SystemExit(f"{len(pairs)} pairs are too few for --batch {batch}: see --max_tokens")
         pairs, held_out = public.split_pairs(pairs, seed=args.seed)
-        problems = []
+        # Where there are gold answers (GSM8K) they are checked; elsewhere there are outputs to read.
+        gold, longest = held_out[0]["answer"] is not None, 160
+        problems = [
+            argparse.Namespace(text=p["prompt"], answer=p["answer"] or 0)
+            for p in held_out
+            if len(tok.prompt(p["prompt"])) + longest <= policy.config.block_size
+        ][: (args.problems or 50) if gold else 4]
     else:
         pairs = task.preference_pairs(steps * batch, args.seed)
         held_out = task.preference_pairs(200, args.seed, "test")
-        problems = task.problems(args.problems, args.seed, "test")
+        gold, longest = True, 48
+        problems = task.problems(args.problems or 500, args.seed, "test")
     if args.break_ == "flip_labels":
         # One place where this happens: the file's columns are "better" and "worse", the loader's are
         # the other way round. Nothing crashes.
@@ -193,38 +220,37 @@ def train(args):
             for p in pairs
         ]
     if args.break_ == "likelihood_displacement":
-        # Cheap negatives: corrupt the good answer a little. All labels are right.
-        digits = random.Random(f"digits {args.seed}")
-        pairs = [p | {"rejected": change_a_digit(p["chosen"], digits)} for p in pairs]
+        # Cheap negatives: corrupt the good answer a little. Every label is right.
+        slips = random.Random(f"slips {args.seed}")
+        pairs = [p | {"rejected": slip_once(p["chosen"], slips)} for p in pairs]
+    beta = args.beta or (REAL_BETA if args.data else BETA)[args.loss]
     if args.break_ == "low_beta":
-        args.beta = (args.beta or 0.1) / 10
-    beta = args.beta or DEFAULT_BETA.get(args.loss, 0.1)
+        beta = beta / 10
 
     def encode(p):
         return tok.prompt(p["prompt"]), tok.answer(p["chosen"]), tok.answer(p["rejected"])
 
     encoded, held_encoded = [encode(p) for p in pairs], [encode(p) for p in held_out]
-    if len(encoded) < batch:
-        raise SystemExit(f"{len(encoded)} pairs are left to train on, fewer than --batch {batch}")
     # The reference never changes: its log-probabilities are computed once, not at every visit.
     ref_logps = reference_logps(ref, encoded, batch)  # (N, 2)
     held_ref_logps = reference_logps(ref, held_encoded, batch)
 
     # ---- the loop
-    optimizer = gpt.make_optimizer(policy, args.lr)
+    optimizer = gpt.make_optimizer(policy, lr)
     for step in run.steps(steps, policy, optimizer, save_every=25, show=("loss", "margin", "accuracy")):
         if step % args.eval_every == 0 or step == steps:
             results = {"held_out_pairs": pair_accuracy(policy, held_encoded, held_ref_logps, batch)}
             if problems:
-                more, answers, shown = gpt.examine(policy, tok, problems, args.seed, step)
+                found, answers, shown = gpt.examine(policy, tok, problems, args.seed, step, longest)
                 questions = [tok.prompt(p.text) for p in problems]
-                results |= more | {"kl": sampled_kl(policy, ref, questions, [a.ids for a in answers])}
-                run.samples(step, shown)
+                results["kl"] = sampled_kl(policy, ref, questions, [a.ids for a in answers])
+                results |= found if gold else {}
+                run.samples(step, shown if gold else [(p.text, a.text) for p, a in zip(problems, answers)])
             run.say(step, **results)
         if step == steps:
             break
         # ---- one update
-        gpt.set_lr(optimizer, args.lr, step, steps)
+        gpt.set_lr(optimizer, lr, step, steps)
         chosen_ones = gpt.batch_indices(len(encoded), batch, step, args.seed)
         prompts, chosen, rejected = map(list, zip(*(encoded[i] for i in chosen_ones)))
         logps, lengths = pair_logps(policy, prompts, chosen, rejected)  # (2B,)
@@ -274,36 +300,35 @@ def train(args):
 
     # ---- the report
     trained = [m for m in run.metrics if "loss" in m]
-    last = trained[-max(1, len(trained) // 5) :]  # the last fifth: one batch is noise
+    last = trained[-max(1, len(trained) // 5) :]  # the last fifth: a single batch is noise
     report = {name: sum(m[name] for m in last) / len(last) for name in metrics}
-    evaluations = [m for m in run.metrics if "held_out_pairs" in m]
-    report["ref_logp_chosen"] = ref_logps[:, 0].mean().item()
-    report |= results
-    for name in ("right_sampled", "right_greedy"):
-        if problems:
-            report[f"{name}_sft"] = evaluations[0][name]
-            report[f"{name}_peak"] = max(m[name] for m in evaluations)
+    before = next(m for m in run.metrics if "held_out_pairs" in m)  # the evaluation at step 0
+    report |= results | {f"{k}_sft": before[k] for k in ("right_sampled", "right_greedy") if k in before}
     run.finish(policy, **report)
     return run
 
 
+# fmt: off
 def parser():
     p = argparse.ArgumentParser(prog="dpo.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
     add("--data", help="real pairs: hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
-    add("--base", help="with --data: what sft.py starts from (its --load); default: random weights")
-    add("--loss", default="dpo", help="which loss", choices=["dpo", "cdpo", "robust", "ipo", "kto", "orpo", "simpo"])
-    add("--beta", type=float, help="strength of the leash to the reference (default 0.1; simpo 2)")
+    add("--base", help="what sft.py starts from, where it has to run first (its --load)")
+    add("--loss", default="dpo", choices=list(BETA), help="which loss: " + ", ".join(BETA))
+    add("--beta", type=float, help="the leash to the reference (default 1; with --data 0.1;\n"
+        "ipo 0.1, simpo 2)")
     add("--noise", type=float, default=0.1, help="share of wrong labels that cdpo and robust assume")
-    add("--nll", type=float, default=0.0, help="weight of an SFT loss on the chosen answers beside the loss")
-    add("--steps", type=int, default=100, help="updates; one pass over the pairs of the embedded task")
-    add("--batch", type=int, default=32, help="pairs a step")
-    add("--lr", type=float, default=5e-5, help="small: DPO moves far on little (for GPT-2 take 5e-6)")
-    add("--max_tokens", type=int, default=512, help="longer pairs of real data are dropped, never cut")
-    add("--problems", type=int, default=500, help="held-out problems: 500 give a standard error of 2 points")
+    add("--nll", type=float, default=0.0, help="weight of an SFT loss on the chosen answers beside it")
+    add("--steps", type=int, default=100, help="updates; together one pass over the embedded pairs")
+    add("--batch", type=int, help="pairs a step (default 32; with --data 8)")
+    add("--lr", type=float, help="DPO moves far on little (default 1e-4; GPT-2 and larger 5e-6)")
+    add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut")
+    add("--problems", type=int, help="held-out problems (default 500: a standard error of 2 points;\n"
+        "with --data 50, where it has gold answers)")
     add("--eval_every", type=int, default=25, help="steps between evaluations")
     return p
+# fmt: on
 
 
 def main(argv=None):
@@ -312,6 +337,81 @@ def main(argv=None):
         train(args)
         return
     clean, broken = gpt.clean_and_broken(train, args)
+    C, B = clean.report, broken.report
+    dashboard = {
+        "loss": "loss",
+        "gradient norm": "grad_norm",
+        "margin of implicit rewards": "margin",
+        "accuracy on its own labels": "accuracy",
+        "implicit reward, chosen": "reward_chosen",
+        "implicit reward, rejected": "reward_rejected",
+    }
+    outside = {
+        "held-out pairs, true labels": "held_out_pairs",
+        "right answers, sampled": "right_sampled",
+        "   (the SFT model's)": "right_sampled_sft",
+        "right answers, greedy": "right_greedy",
+        "   (the SFT model's)  ": "right_greedy_sft",
+        "KL to the SFT model (nats)": "kl",
+    }
+    # On real data without gold answers, pairs with true labels are the outside evaluation.
+    gold = "right_sampled" in C
+    result = ("right answers, sampled", "share of held-out problems", "right_sampled")
+    pairs = ("held-out pairs with true labels", "share ranked rightly", "held_out_pairs")
+    last_panel = ("outside: " + result[0], *result[1:]) if gold else ("outside: " + pairs[0], *pairs[1:])
+    own = BREAKS[args.break_].split(":")[0]
+    if args.break_ == "flip_labels":
+        claims = [
+            ("the dashboard raises no alarm: no metric more than 10 % worse than in the clean run",
+             B["loss"] < 1.1 * C["loss"] and B["margin"] > 0.9 * C["margin"]
+             and B["accuracy"] > 0.9 * C["accuracy"] and B["grad_norm"] < 1.5 * C["grad_norm"]),
+            ("pairs with true labels: below one half", B["held_out_pairs"] < 0.5 < C["held_out_pairs"]),
+        ]  # fmt: skip
+        if gold and not args.data:
+            claims += [
+                ("right answers: 30 points or more below the clean run",
+                 B["right_sampled"] < C["right_sampled"] - 0.3),
+                ("... and 10 or more below the SFT model it started from",
+                 B["right_sampled"] < B["right_sampled_sft"] - 0.1),
+            ]  # fmt: skip
+        panel = ("dashboard: the loss", "nats", "loss")
+        cure = "read fifty pairs before training on them:  python -m data " + (args.data or "pairs")
+    elif args.break_ == "likelihood_displacement":
+        claims = [
+            (
+                "the dashboard looks healthy: accuracy on its own labels above 90 %",
+                B["accuracy"] > 0.9,
+            ),
+            (
+                "the chosen answers became less likely than under the reference",
+                B["reward_chosen"] < 0,
+            ),
+        ]
+        if gold and not args.data:
+            claims += [("right answers: 5 points or more below the SFT model it started from",
+                        B["right_sampled"] < B["right_sampled_sft"] - 0.05)]  # fmt: skip
+        panel = ("dashboard: implicit reward of the chosen", "nats", "reward_chosen")
+        cure = "python dpo.py --break likelihood_displacement --nll 1   (holds the chosen answer up)"
+    elif args.break_ == "label_noise":
+        claims = [
+            ("the dashboard shows it: the loss stays above .5", B["loss"] > 0.5 > C["loss"]),
+            ("... and accuracy on its own labels below 80 %", B["accuracy"] < 0.8 < C["accuracy"]),
+        ]
+        panel = ("dashboard: the loss", "nats", "loss")
+        cure = "python dpo.py --break label_noise --loss cdpo --noise 0.3   (or --loss robust)"
+    else:
+        claims = [
+            ("the model drifts at least twice as far from the reference", B["kl"] > 2 * C["kl"]),
+            ("held-out pairs within 5 points of the clean run or above",
+             B["held_out_pairs"] > C["held_out_pairs"] - 0.05),
+        ]  # fmt: skip
+        if gold and not args.data:
+            claims += [("right answers: 5 points or more below the clean run",
+                        B["right_sampled"] < C["right_sampled"] - 0.05)]  # fmt: skip
+        panel = ("dashboard: held-out pairs", "share ranked rightly", "held_out_pairs")
+        cure = "python dpo.py   (a stronger leash, or fewer steps)"
+    print(f"\n{args.break_}: {own}.")
+    gpt.break_report(clean, broken, dashboard, outside, claims, cure, [panel, last_panel])
 
 
 if __name__ == "__main__":

@@ -278,9 +278,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def sample(
-    model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p=1.0, generator=None
-):
+def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Continue every prompt until a stop token or max_new_tokens.
 
     prompts: list of lists of ids, of any lengths. stop: the ids that end a completion; the stop token
@@ -293,8 +291,7 @@ def sample(
     P = max(map(len, prompts))
     if P + N > model.config.block_size:
         raise ValueError(
-            f"a prompt of {P} tokens and {N} new ones do not fit the context of "
-            f"{model.config.block_size}"
+            f"a prompt of {P} tokens and {N} new ones do not fit the context of {model.config.block_size}"
         )
     # Pad on the left: all rows then end at the same column, where the next token goes.
     ids = torch.zeros(B, P, dtype=torch.long)
@@ -319,7 +316,8 @@ def sample(
             new = logits.argmax(-1)  # (b,)
         else:
             logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
-            new = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+            # Drawn on the CPU, where the generator lives: the same seed, the same text on any device.
+            new = torch.multinomial(logp.exp().cpu(), 1, generator=generator)[:, 0].to(device)
         tokens[rows[alive], t] = new[alive]
         logps[rows[alive], t] = logp.gather(1, new[:, None])[alive, 0]
         alive &= ~torch.isin(new, stop)
@@ -362,7 +360,7 @@ def solve(model, tok, questions, golds, temperature, generator, max_new_tokens=4
     return answers
 
 
-def examine(model, tok, problems, seed, step):
+def examine(model, tok, problems, seed, step, max_new_tokens=48):
     """How a chat model does on held-out problems, from outside: by the exact checker.
 
     problems: anything with .text and .answer. Returns (results, sampled answers, samples to show):
@@ -371,8 +369,8 @@ def examine(model, tok, problems, seed, step):
     """
     questions, golds = [p.text for p in problems], [p.answer for p in problems]
     generator = rng(seed, "evaluation", step)
-    sampled = solve(model, tok, questions, golds, 1.0, generator)
-    greedy = solve(model, tok, questions, golds, 0.0, generator)
+    sampled = solve(model, tok, questions, golds, 1.0, generator, max_new_tokens)
+    greedy = solve(model, tok, questions, golds, 0.0, generator, max_new_tokens)
     n = len(problems)
     results = {
         "right_sampled": sum(a.right for a in sampled) / n,
@@ -427,9 +425,7 @@ def completion_logps(model, prompts, completions, temperature=1.0):
 
 # Their linear layers are stored transposed (Conv1D), ours are not.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-HUB = {
-    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-}
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
 def write_atomically(path, write):
@@ -482,9 +478,7 @@ def load_model(where, device="cpu", bfloat16=False):
         paths = [Path(where) / name for name in files]
         for path in paths:
             if not path.is_file():
-                sys.exit(
-                    f"no model in {where}: {path.name} is missing. Known names: {', '.join(HUB)}"
-                )
+                sys.exit(f"no model in {where}: {path.name} is missing. Known names: {', '.join(HUB)}")
     try:
         c = json.loads(paths[0].read_text())
         config = GPTConfig(
@@ -501,15 +495,11 @@ def load_model(where, device="cpu", bfloat16=False):
             weights[name] = w.t() if name.endswith(TRANSPOSED) else w
         model.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError, OSError) as error:
-        sys.exit(
-            f"{where} is not a GPT-2 checkpoint that can be read: {type(error).__name__}: {error}"
-        )
+        sys.exit(f"{where} is not a GPT-2 checkpoint that can be read: {type(error).__name__}: {error}")
     if config.vocab_size == 50257:
         # The mean of the old rows: a new token that starts with an average logit disturbs nothing.
         extra = model.wte.weight.detach().mean(0, keepdim=True).repeat(len(Tokenizer.SPECIAL), 1)
-        model.wte = nn.Embedding.from_pretrained(
-            torch.cat([model.wte.weight.detach(), extra]), False
-        )
+        model.wte = nn.Embedding.from_pretrained(torch.cat([model.wte.weight.detach(), extra]), False)
         config.vocab_size += len(extra)
     model.bfloat16 = bfloat16
     return model.to(device)
@@ -547,9 +537,7 @@ def set_lr(optimizer, lr, step, steps, warmup=20):
 
 def make_optimizer(model, lr):
     # beta2 .95 instead of .999: runs of a few hundred steps are over before .999 has warmed up.
-    return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
 
 # Flags that do not change what a run computes, and so do not belong into its name.
@@ -563,16 +551,12 @@ def parse(script, parser, argv, breaks=None):
     a run's folder is named by them, so no run ever overwrites one with other settings.
     """
     add = parser.add_argument
+    parser.formatter_class = argparse.RawTextHelpFormatter  # keeps the lines of --break
     if breaks:
         lines = "".join(f"\n  {name:24}{line}" for name, line in breaks.items())
         add("--break", dest="break_", choices=breaks, metavar="NAME",
             help="train a documented failure beside the clean run; NAME is one of" + lines)  # fmt: skip
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of this run and of what has to be made for it first",
-    )
+    add("--seed", type=int, default=0, help="seed of this run and of what it needs first")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"],
         help="bfloat16 computes in autocast: pays off at GPT-2's size, not at the tiny model's")  # fmt: skip
@@ -611,11 +595,10 @@ class Run:
     """
 
     def __init__(self, args):
-        name = "-".join(
-            filter(None, [RUN_NAME.get(args.script, args.script), getattr(args, "break_", None)])
-        )
-        self.folder = Path("runs") / (name + args.suffix)
         self.label = getattr(args, "break_", None) or "clean"
+        name = "base" if args.script == "gpt" else args.script
+        name += "" if self.label == "clean" else f"-{self.label}"
+        self.folder = Path("runs") / (name + args.suffix)
         self.resume = args.resume
         # The script's own text is part of the settings: who changes a line and runs a break again
         # must not be shown the clean run of the old line.
@@ -700,9 +683,7 @@ class Run:
         # No wall-clock time in here: a resumed run must give the same bytes.
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.bar.set_postfix(
-            {k: f"{metrics[k]:.3f}" for k in self.show if k in metrics}, refresh=False
-        )
+        self.bar.set_postfix({k: f"{metrics[k]:.3f}" for k in self.show if k in metrics}, refresh=False)
 
     def say(self, step, **metrics):
         """log() for an evaluation: printed as well."""
@@ -771,21 +752,25 @@ class Run:
         return state["step"]
 
 
-RUN_NAME = {"gpt": "base"}  # all other scripts' runs are called as the script
-
-
 def made_by(script, args, minutes, flags=()):
-    """The model folder of an earlier chapter's run; where it is missing, say so and make it."""
-    folder = Path("runs") / (
-        RUN_NAME.get(script, script) + (f"-seed={args.seed}" if args.seed else "")
-    )
-    if not (folder / "report.json").is_file():
-        argv = [*(["--seed", str(args.seed)] if args.seed else []), *flags]
-        print(f"{folder} is missing. Making it with `{' '.join(['python', script + '.py', *argv])}`,"
-              f" about {minutes}; it is kept for the next run.", flush=True)  # fmt: skip
-        argv += ["--device", args.device] + (["--resume"] if args.resume else [])
-        importlib.import_module(script).main(argv)
-    return folder / "model"
+    """The model folder of an earlier chapter's run; where it is missing, say so and make it.
+
+    The run is that with the same seed (and --dtype), so a seed stands for a whole chain: base, SFT, DPO.
+    """
+    module = importlib.import_module(script)
+    argv = list(flags)
+    for name, default in (("seed", 0), ("dtype", "float32")):
+        if getattr(args, name) != default:
+            argv += [f"--{name}", str(getattr(args, name))]
+    run = Run(parse(script, module.parser(), argv))
+    if run.report is None:
+        print(
+            f"{run.folder} is missing. Making it with `{' '.join(['python', script + '.py', *argv])}`, "
+            f"about {minutes}; it is kept for the next run.",
+            flush=True,
+        )
+        module.main(argv + ["--device", args.device] + (["--resume"] if args.resume else []))
+    return str(run.folder / "model")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -814,6 +799,8 @@ def break_report(clean, broken, dashboard, outside, claims, cure, figure):
     for heading, rows in (("dashboard", dashboard), ("outside evaluation", outside)):
         lines.append(heading)
         for label, key in rows.items():
+            if key not in C:  # real data without gold answers has no share of right ones
+                continue
             lines.append(f"  {label:36}{C[key]:>12.3f}{B[key]:>26.3f}")
     print("\n" + "\n".join(lines) + "\n")
 
@@ -842,18 +829,12 @@ def draw(path, runs, panels):
     for ax, (title, ylabel, metric) in zip(axes, panels):
         for run, color, style in zip(runs, ("tab:blue", "tab:red"), ("-", "--")):
             points = [(m["step"], m[metric]) for m in run.metrics if metric in m]
-            if len(points) > 60:  # a running mean, or the noise of single batches hides the line
-                width = len(points) // 30
-                values = [v for _, v in points]
-                points = [
-                    (
-                        points[i][0],
-                        sum(values[max(0, i - width) : i + 1])
-                        / len(values[max(0, i - width) : i + 1]),
-                    )
-                    for i in range(len(points))
-                ]
-            ax.plot(*zip(*points), style, color=color, label=run.label, linewidth=2)
+            steps, values = zip(*points)
+            if len(values) > 60:  # a running mean, or the noise of single batches hides the line
+                width = len(values) // 30
+                windows = (values[max(0, i - width) : i + 1] for i in range(len(values)))
+                values = [sum(window) / len(window) for window in windows]
+            ax.plot(steps, values, style, color=color, label=run.label, linewidth=2)
         ax.set(title=title, ylabel=ylabel, xlabel="step")
         ax.grid(alpha=0.3)
     axes[0].legend()
@@ -886,9 +867,7 @@ def train(args):
     """Train the base model. Returns its Run."""
     tok = Tokenizer("task")
     torch.manual_seed(args.seed)  # the initial weights are the only thing that is drawn globally
-    config = GPTConfig(
-        tok.vocab_size, args.block_size, args.n_layer, args.n_embd // 32, args.n_embd
-    )
+    config = GPTConfig(tok.vocab_size, args.block_size, args.n_layer, args.n_embd // 32, args.n_embd)
     model = GPT(config).to(args.device)
     model.bfloat16 = args.dtype == "bfloat16"
     optimizer = make_optimizer(model, args.lr)
@@ -898,9 +877,7 @@ def train(args):
     for step in run.steps(args.steps, model, optimizer):
         if step % 350 == 0 or step == args.steps:
             generator = rng(args.seed, "samples", step)
-            ids, _ = sample(
-                model, [tok.encode(p) for p in prompts], 60, [tok.end], generator=generator
-            )
+            ids, _ = sample(model, [tok.encode(p) for p in prompts], 60, [tok.end], generator=generator)
             run.samples(step, [(p, tok.decode(c)) for p, c in zip(prompts, ids)])
         if step == args.steps:
             break
@@ -935,46 +912,36 @@ def chat(args):
     print(("" if model.config.chat else args.prompt) + tok.decode(out[0]))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="gpt.py", description="Train the base model, or talk to any checkpoint (--load)."
-    )
-    add = parser.add_argument
+# fmt: off
+def parser():
+    p = argparse.ArgumentParser(
+        prog="gpt.py", description="Train the base model, or talk to any checkpoint (--load).")
+    add = p.add_argument
     add("--load", help="talk to this checkpoint: a folder, or gpt2, gpt2-medium, ...")
     add("--prompt", default="Leo has 7 eggs.", help="what to say to it")
     add("--tokens", type=int, default=60, help="how many tokens at most it may answer")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--top_k", type=int, default=0, help="sample from the k likeliest tokens only (0: all)")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up p")
-    add(
-        "--n_layer",
-        type=int,
-        default=3,
-        help="three layers find the right number to copy; two take longer",
-    )
+    add("--n_layer", type=int, default=3, help="three learn to copy numbers sooner than two")
     add("--n_embd", type=int, default=128, help="width, a multiple of 32 (the heads' width)")
-    add(
-        "--block_size",
-        type=int,
-        default=128,
-        help="longest sequence; a problem and its answer take 70",
-    )
+    add("--block_size", type=int, default=128, help="context; a problem and its answer take 70")
     add("--steps", type=int, default=1400, help="until arithmetic and copying are learned")
-    add(
-        "--batch",
-        type=int,
-        default=16,
-        help="rows a step: small, since many small steps learn fastest",
-    )
+    add("--batch", type=int, default=16, help="rows a step: many small steps learn fastest here")
     add("--length", type=int, default=64, help="tokens a row")
     add("--lr", type=float, default=4e-3, help="high, as a model of this size allows")
-    args = parse("gpt", parser, argv)
-    if args.n_embd % 32 or args.n_embd < 32:
-        parser.error(f"--n_embd must be a multiple of 32, not {args.n_embd}")
-    if args.load:
-        chat(args)
-    else:
-        train(args)
+    return p
+# fmt: on
+
+
+def main(argv=None):
+    args = parse("gpt", parser(), argv)
+    for name in ("n_embd", "block_size", "length", "tokens", "n_layer"):
+        if getattr(args, name) < 1 or (name == "n_embd" and args.n_embd % 32):
+            sys.exit(f"--{name} {getattr(args, name)} is not possible (see --help)")
+    if args.length > args.block_size:
+        sys.exit(f"--length {args.length} does not fit --block_size {args.block_size}")
+    chat(args) if args.load else train(args)
 
 
 if __name__ == "__main__":

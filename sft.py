@@ -50,9 +50,7 @@ def sft_loss(logits, labels):
     """
     # Shift once: the logits at t are about the label at t+1. In float32, also under autocast.
     logits, targets = logits[:, :-1].float(), labels[:, 1:]
-    total = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return total, (targets != IGNORE).sum()
 
 
@@ -118,21 +116,20 @@ def train(args):
     examples = fitting
     if not examples:
         raise SystemExit(f"no demonstration fits the context of {room} tokens")
+    # GPT-2's vocabulary makes a row of logits per token of 200 kB: few rows at a time.
+    micro_batch = args.micro_batch or (4 if args.data else args.batch)
     pad = tok.pad
     if args.break_ == "eos_masked":
         pad = tok.end  # "the tokenizer has no pad token, so use the end token": one innocent line
 
     # ---- the loop
-    optimizer = gpt.make_optimizer(model, args.lr)
+    lr = args.lr or (1.5e-3 if model.config.n_embd < 512 else 5e-5)
+    optimizer = gpt.make_optimizer(model, lr)
     steps = args.steps or max(1, len(examples) * args.epochs // args.batch)
     if not args.data:
         prompt = problems[0].text
-        ids, _ = gpt.sample(
-            model, [tok.encode(prompt + "\n")], 40, [tok.end], generator=gpt.rng(args.seed)
-        )
-        print(
-            f"before: the base model continues text\n    {prompt}\n    ... {tok.decode(ids[0])!r}"
-        )
+        ids, _ = gpt.sample(model, [tok.encode(prompt + "\n")], 40, [tok.end], generator=gpt.rng(args.seed))
+        print(f"before: the base model continues text\n    {prompt}\n    ... {tok.decode(ids[0])!r}")
     for step in run.steps(steps, model, optimizer, show=("loss",)):
         if problems and (step % args.eval_every == 0 or step == steps) and step > 0:
             results, _, shown = gpt.examine(model, tok, problems, args.seed, step)
@@ -140,15 +137,13 @@ def train(args):
             run.samples(step, shown)
         if step == steps:
             break
-        gpt.set_lr(optimizer, args.lr, step, steps)
-        chosen = [
-            examples[i] for i in gpt.batch_indices(len(examples), args.batch, step, args.seed)
-        ]
+        gpt.set_lr(optimizer, lr, step, steps)
+        chosen = [examples[i] for i in gpt.batch_indices(len(examples), args.batch, step, args.seed)]
         ids, labels = collate(chosen, pad)
         supervised = (labels[:, 1:] != IGNORE).sum()  # over the whole step, not the micro-batch
         optimizer.zero_grad()
         loss = 0.0
-        for rows in torch.arange(len(chosen)).split(args.micro_batch or args.batch):
+        for rows in torch.arange(len(chosen)).split(micro_batch):
             total, _ = sft_loss(model(ids[rows].to(args.device)), labels[rows].to(args.device))
             (total / supervised).backward()  # gradients add up over micro-batches
             loss += (total / supervised).item()
@@ -176,40 +171,24 @@ def train(args):
     return run
 
 
+# fmt: off
 def parser():
     p = argparse.ArgumentParser(prog="sft.py", description=__doc__.split("\n")[0])
     add = p.add_argument
-    add(
-        "--load",
-        help="model to start from: a folder, gpt2, gpt2-medium, ..., or scratch (default: runs/base)",
-    )
-    add(
-        "--data",
-        help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file",
-    )
+    add("--load", help="model to start from: a folder, gpt2, gpt2-medium, ..., or scratch: random\n"
+        "weights on GPT-2's tokens (default: runs/base; with --data scratch)")
+    add("--data", help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
     add("--demos", type=int, default=16000, help="demonstrations of the embedded task")
-    add(
-        "--epochs",
-        type=int,
-        default=1,
-        help="more than a few epochs cost variety (see too_many_epochs)",
-    )
+    add("--epochs", type=int, default=1, help="more than a few cost variety (see too_many_epochs)")
     add("--batch", type=int, default=32, help="demonstrations a step")
-    add(
-        "--micro_batch",
-        type=int,
-        help="of which so many at once, where memory is short (default: all)",
-    )
+    add("--micro_batch", type=int, help="of which so many at once, where memory is short (default:\n"
+        "all; with --data 4)")
     add("--steps", type=int, help="stop after so many updates (default: all epochs)")
-    add("--lr", type=float, default=1.5e-3, help="below pretraining's; for GPT-2 take 5e-5")
-    add(
-        "--problems",
-        type=int,
-        default=500,
-        help="held-out problems: 500 give a standard error of 2 points",
-    )
+    add("--lr", type=float, help="below pretraining's (default 1.5e-3; GPT-2 and larger 5e-5)")
+    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
     add("--eval_every", type=int, default=250, help="steps between evaluations")
     return p
+# fmt: on
 
 
 def main(argv=None):

@@ -110,9 +110,7 @@ def make_problem(rng):
             kind = rng.choice(["gain", "gain", "lose", "lose", "double", "triple", "half"])
             events.append((kind, rng.randint(2, OPERAND) if kind in ("gain", "lose") else 0))
         right = work(start, read_events(events))
-        readings = [
-            work(start, read_events(events, m)) for m in (["triple"], ["half"], MISCONCEPTION)
-        ]
+        readings = [work(start, read_events(events, m)) for m in (["triple"], ["half"], MISCONCEPTION)]
         if right is None or None in readings:
             continue
         answer = right[-1][-1]
