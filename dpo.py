@@ -334,7 +334,7 @@ def parser():
 def main(argv=None):
     args = gpt.parse("dpo", parser(), argv, BREAKS)
     if args.break_ is None:
-        train(args)
+        gpt.run_once(train, args, reuse=args.resume)
         return
     clean, broken = gpt.clean_and_broken(train, args)
     C, B = clean.report, broken.report

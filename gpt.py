@@ -464,6 +464,8 @@ def load_model(where, device="cpu", bfloat16=False):
     says what is missing and the way out where nothing can be loaded.
     """
     files = ("config.json", "model.safetensors")
+    if (Path(where) / "report.json").is_file():
+        where = str(Path(where) / "model")  # the folder of a run: its model is meant
     if where in HUB and not Path(where).is_dir():
         from huggingface_hub import hf_hub_download
 
@@ -563,7 +565,7 @@ def parse(script, parser, argv, breaks=None):
     add("--resume", action="store_true", help="go on with the interrupted run of the same flags")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if name in ("steps", "batch") and value is not None and value < 1:
+        if type(value) is int and value < 1 and name not in ("seed", "top_k"):
             parser.error(f"--{name} must be at least 1, not {value}")
     if args.device is None:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -582,14 +584,26 @@ def parse(script, parser, argv, breaks=None):
     return args
 
 
+def peak_memory():
+    """The most memory that this process has held so far, in GB (of the GPU where there is one)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 class Run:
     """The record of one run: the folder runs/SCRIPT[-BREAK][-FLAG=VALUE ...] with
 
     config.json           all flags
     metrics.jsonl         one line per logged step
     samples.md            real outputs, at every evaluation
-    model.safetensors     the result, with its config.json in the subfolder model/
-    resume.safetensors    weights and optimizer while the run is going on
+    resume.safetensors    weights, optimizer and step, while the run is going on
+    model/                the result: config.json and model.safetensors
     report.json           the results; it exists when, and only when, the run has finished
     figure.png            of a break
     """
@@ -703,11 +717,12 @@ class Run:
         """Save the model, then the report: its existence says that the run is complete."""
         save_model(model, self.folder / "model")
         results["seconds"] = round(self.seconds + time.time() - self.started, 1)
+        results["peak_gb"] = peak_memory()
         report = {"config": self.config, **results}
         text = json.dumps(report, indent=2)
         write_atomically(self.folder / "report.json", lambda path: path.write_text(text))
         (self.folder / "resume.safetensors").unlink(missing_ok=True)
-        print(f"{self.folder}: done in {results['seconds']:.0f} s")
+        print(f"{self.folder}: done in {results['seconds']:.0f} s, peak memory {results['peak_gb']:.1f} GB")
         return report
 
     def _files(self):
@@ -777,14 +792,19 @@ def made_by(script, args, minutes, flags=()):
 # 7. The clean run and the broken run, side by side
 
 
+def run_once(train, args, reuse):
+    """train(args), or with reuse the run of the same flags and the same code that is on disk."""
+    run = Run(args)
+    if reuse and run.finished():
+        print(f"{run.folder}: already there, finished with the same flags and code")
+        return run
+    return train(args)
+
+
 def clean_and_broken(train, args):
-    """Train both, unless the clean run is on disk with the same flags and code: (clean, broken)."""
-    clean = Run(argparse.Namespace(**{**vars(args), "break_": None}))
-    if clean.finished():
-        print(f"clean run: {clean.folder}, already there")
-    else:
-        clean = train(argparse.Namespace(**{**vars(args), "break_": None}))
-    return clean, train(args)
+    """Both runs of a break. The clean one is trained only where it is not on disk."""
+    clean = run_once(train, argparse.Namespace(**{**vars(args), "break_": None}), reuse=True)
+    return clean, run_once(train, args, reuse=args.resume)
 
 
 def break_report(clean, broken, dashboard, outside, claims, cure, figure):
@@ -792,7 +812,7 @@ def break_report(clean, broken, dashboard, outside, claims, cure, figure):
 
     dashboard, outside: {label: key in both reports}: what the training shows, what only an evaluation
     from outside shows. claims: [(sentence, bool)], the documented signature. figure: two panels
-    (title, y label, metric in metrics.jsonl). Returns the broken run's report, completed.
+    (title, y label, metric in metrics.jsonl, or a tuple of results). Returns the broken run's report, completed.
     """
     name, C, B = broken.label, clean.report, broken.report
     lines = [f"{'':38}{'clean':>12}{name:>26}"]
@@ -828,14 +848,17 @@ def draw(path, runs, panels):
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
     for ax, (title, ylabel, metric) in zip(axes, panels):
         for run, color, style in zip(runs, ("tab:blue", "tab:red"), ("-", "--")):
-            points = [(m["step"], m[metric]) for m in run.metrics if metric in m]
-            steps, values = zip(*points)
+            if isinstance(metric, tuple):  # several results of the report, instead of one over time
+                report = run.report
+                ax.plot(metric, [report[key] for key in metric], "o" + style, color=color, label=run.label)
+                continue
+            steps, values = zip(*((m["step"], m[metric]) for m in run.metrics if metric in m))
             if len(values) > 60:  # a running mean, or the noise of single batches hides the line
                 width = len(values) // 30
                 windows = (values[max(0, i - width) : i + 1] for i in range(len(values)))
                 values = [sum(window) / len(window) for window in windows]
             ax.plot(steps, values, style, color=color, label=run.label, linewidth=2)
-        ax.set(title=title, ylabel=ylabel, xlabel="step")
+        ax.set(title=title, ylabel=ylabel, xlabel="" if isinstance(metric, tuple) else "step")
         ax.grid(alpha=0.3)
     axes[0].legend()
     fig.savefig(path, dpi=110)
@@ -941,7 +964,10 @@ def main(argv=None):
             sys.exit(f"--{name} {getattr(args, name)} is not possible (see --help)")
     if args.length > args.block_size:
         sys.exit(f"--length {args.length} does not fit --block_size {args.block_size}")
-    chat(args) if args.load else train(args)
+    if args.load:
+        chat(args)
+    else:
+        run_once(train, args, reuse=args.resume)
 
 
 if __name__ == "__main__":

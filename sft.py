@@ -97,9 +97,9 @@ def train(args):
 
     # ---- the demonstrations
     if args.break_ == "too_many_epochs":
-        # The same number of updates on a fiftieth of the data. Who has few demonstrations and a loss
+        # The same number of updates on a twentieth of the data. Who has few demonstrations and a loss
         # that still falls does this without noticing.
-        args.demos, args.epochs = args.demos // 50, args.epochs * 50
+        args.demos, args.epochs = max(1, args.demos // 20), args.epochs * 20
     if args.data:
         rows = [r for r in public.load_rows(args.data) if r["chosen"]]
         texts = [(r["prompt"], r["chosen"]) for r in rows]
@@ -194,7 +194,7 @@ def parser():
 def main(argv=None):
     args = gpt.parse("sft", parser(), argv, BREAKS)
     if args.break_ is None:
-        train(args)
+        gpt.run_once(train, args, reuse=args.resume)
         return
     clean, broken = gpt.clean_and_broken(train, args)
     C, B = clean.report, broken.report
@@ -225,8 +225,10 @@ def main(argv=None):
                 B["pass@64"] < C["pass@64"] - 0.1,
             ),
         ]
-        figure = [("dashboard: the training loss", "nats a token", "loss"),
-                  ("outside: right answers, sampled", "share of 500 held-out", "right_sampled")]  # fmt: skip
+        figure = [
+            ("dashboard: the training loss", "nats a token", "loss"),
+            ("outside: is one of k answers right?", "share of problems", ("pass@1", "pass@8", "pass@64")),
+        ]
         cure = "python sft.py   (fresh demonstrations, one epoch)"
     gpt.break_report(clean, broken, {"loss on the answers": "loss"}, outside, claims, cure, figure)
 
