@@ -2,7 +2,7 @@
 
     python dpo.py                                       the SFT model learns from preferences
     python dpo.py --break flip_labels                   ... from the same ones, chosen and rejected swapped
-    python dpo.py --loss ipo                            also cdpo, robust, kto, orpo, simpo
+    python dpo.py --loss ipo                            or cdpo, robust, kto, orpo, simpo
     python dpo.py --data ultrafeedback/train.jsonl      real preferences (see README)
 
 Reinforcement learning from preferences fits a reward model r and then maximises r - beta KL(pi || ref).
@@ -14,13 +14,16 @@ into the Bradley-Terry likelihood of the verdicts, the reward model drops out (R
 One classification loss: y_w is the chosen answer, y_l the rejected, ref the frozen SFT model, and
 beta log pi/ref the *implicit reward*. Nothing in it knows what "good" means. That is the lesson of the breaks:
 
-    flip_labels              chosen and rejected swapped in every pair. Loss, gradient norm, margin and accuracy
-                             on its own labels look like those of the clean run. The answers are wrong.
-    likelihood_displacement  the rejected answer is the chosen one with a digit changed. The margin grows,
-                             and the chosen answer itself becomes less likely. (Razin et al. 2024, Pal et al. 2024)
-    label_noise              a share of the labels swapped. This one the dashboard does show: the loss stays high.
-    low_beta                 a weak leash: the implicit accuracy rises on, while the model drifts away.
-                             (Rafailov et al. 2024)
+    flip_labels              chosen and rejected swapped in every pair. Loss, gradient norm, margin and
+                             accuracy on its own labels look as good as in the clean run. The answers are
+                             wrong.
+    likelihood_displacement  the rejected answer is the chosen one with its first result off by one. The
+                             margin grows faster, and the chosen answer itself becomes less likely.
+                             (Razin et al. 2024; Pal et al. 2024: worst at low edit distance)
+    label_noise              30 % of the labels swapped. This one the dashboard does show: the loss stays
+                             high.
+    low_beta                 a weak leash: pairs are ranked as well as before, while the model drifts
+                             away and its answers get worse. (Rafailov et al. 2024)
 
 How to read the log. The loss starts at log 2 = .693 exactly: policy and reference are the same model.
 `margin` is the mean difference of implicit rewards. Falling chosen rewards are normal and no bug: the loss
@@ -40,9 +43,9 @@ from data import public, task
 
 BREAKS = {
     "flip_labels": "chosen and rejected swapped: the same dashboard, wrong answers",
-    "likelihood_displacement": "answers one digit apart: margin up, chosen answer less likely",
+    "likelihood_displacement": "answers one number apart: margin up, chosen answers less likely",
     "label_noise": "30 % of the labels swapped: the loss shows it",
-    "low_beta": "beta / 10: accuracy on pairs rises on, the answers get worse",
+    "low_beta": "beta / 10: pairs ranked as well, answers worse",
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -67,8 +70,8 @@ def cdpo_loss(
     beta=0.1,
     noise=0.1,
 ):
-    """Conservative DPO (Mitchell 2023): the label is right with probability 1 - noise. The minimum lies at the
-    finite margin log((1-noise)/noise), so confidence stops growing there."""
+    """Conservative DPO (Mitchell 2023): the label is right with probability 1 - noise. The minimum lies at
+    the finite margin log((1-noise)/noise), so confidence stops growing there."""
     h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
     return (-(1 - noise) * F.logsigmoid(beta * h) - noise * F.logsigmoid(-beta * h)).mean()
 
@@ -103,8 +106,8 @@ def kto_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, gamma=0.5):
-    """SimPO (Meng et al. 2024, eq. 6): no reference. Takes *mean* log-probabilities a token, so that length does
-    not count; gamma is the margin that the chosen answer must win by."""
+    """SimPO (Meng et al. 2024, eq. 6): no reference. Takes *mean* log-probabilities a token, so that length
+    does not count; gamma is the margin that the chosen answer must win by."""
     return -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps) - gamma).mean()
 
 
@@ -141,8 +144,11 @@ def pair_logps(model, prompts, chosen, rejected):
 
 
 def slip_once(text, rng):
-    """Change the first result by one and nothing else: "8*3=24. 24-4=20." -> "8*3=25. 24-4=20." """
-    first = re.search(r"=(\d+)", text)
+    """Change the first result by one and nothing else: "8*3=24. 24-4=20." -> "8*3=25. 24-4=20."
+    None where there is no result to change."""
+    first = re.search(r"=(\d{1,9})", text)
+    if first is None:
+        return None
     wrong = max(1, int(first[1]) + rng.choice([-1, 1]))
     return f"{text[: first.start()]}={wrong}{text[first.end() :]}"
 
@@ -194,9 +200,11 @@ def train(args):
     if args.data:
         pairs, counts = public.clean_pairs(public.load_rows(args.data), tok.encode, room)
         public.say_counts(args.data, counts, room)
-        if len(pairs) < 2 * batch:
-            raise SystemExit(f"{len(pairs)} pairs are too few for --batch {batch}: see --max_tokens")
+        if len(pairs) < 2:
+            raise SystemExit(f"{len(pairs)} pairs of {args.data} fit: see --max_tokens")
         pairs, held_out = public.split_pairs(pairs, seed=args.seed)
+        random.Random(args.seed).shuffle(pairs)
+        pairs = pairs[: steps * batch]  # no reference log-probabilities for pairs never visited
         # Where there are gold answers (GSM8K) they are checked; elsewhere there are outputs to read.
         gold, longest = held_out[0]["answer"] is not None, 160
         problems = [
@@ -223,6 +231,7 @@ def train(args):
         # Cheap negatives: corrupt the good answer a little. Every label is right.
         slips = random.Random(f"slips {args.seed}")
         pairs = [p | {"rejected": slip_once(p["chosen"], slips)} for p in pairs]
+        pairs = [p for p in pairs if p["rejected"]]
     beta = args.beta or (REAL_BETA if args.data else BETA)[args.loss]
     if args.break_ == "low_beta":
         beta = beta / 10
@@ -230,6 +239,8 @@ def train(args):
     def encode(p):
         return tok.prompt(p["prompt"]), tok.answer(p["chosen"]), tok.answer(p["rejected"])
 
+    if len(pairs) < batch:
+        raise SystemExit(f"{len(pairs)} pairs are left to train on, too few for --batch {batch}")
     encoded, held_encoded = [encode(p) for p in pairs], [encode(p) for p in held_out]
     # The reference never changes: its log-probabilities are computed once, not at every visit.
     ref_logps = reference_logps(ref, encoded, batch)  # (N, 2)
@@ -301,7 +312,7 @@ def train(args):
     # ---- the report
     trained = [m for m in run.metrics if "loss" in m]
     last = trained[-max(1, len(trained) // 5) :]  # the last fifth: a single batch is noise
-    report = {name: sum(m[name] for m in last) / len(last) for name in metrics}
+    report = {name: sum(m[name] for m in last) / len(last) for name in last[0] if name != "step"}
     before = next(m for m in run.metrics if "held_out_pairs" in m)  # the evaluation at step 0
     report |= results | {f"{k}_sft": before[k] for k in ("right_sampled", "right_greedy") if k in before}
     run.finish(policy, **report)

@@ -812,7 +812,7 @@ def break_report(clean, broken, dashboard, outside, claims, cure, figure):
 
     dashboard, outside: {label: key in both reports}: what the training shows, what only an evaluation
     from outside shows. claims: [(sentence, bool)], the documented signature. figure: two panels
-    (title, y label, metric in metrics.jsonl, or a tuple of results). Returns the broken run's report, completed.
+    (title, y label, metric in metrics.jsonl, or a tuple of results). Returns the broken run's report.
     """
     name, C, B = broken.label, clean.report, broken.report
     lines = [f"{'':38}{'clean':>12}{name:>26}"]

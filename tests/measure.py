@@ -26,9 +26,14 @@ def main():
     reports = {"clean": [], args.break_: []}
     for seed in args.seeds:
         command = [sys.executable, REPO / f"{args.script}.py", "--break", args.break_, "--seed", str(seed)]
-        folders = {"clean": f"{args.script}-seed={seed}", args.break_: f"{args.script}-{args.break_}-seed={seed}"}
+        folders = {
+            "clean": f"{args.script}-seed={seed}",
+            args.break_: f"{args.script}-{args.break_}-seed={seed}",
+        }
         paths = {name: Path("runs") / folder / "report.json" for name, folder in folders.items()}
-        if args.flags or not (paths[args.break_].is_file() and "reproduced" in paths[args.break_].read_text()):
+        if args.flags or not (
+            paths[args.break_].is_file() and "reproduced" in paths[args.break_].read_text()
+        ):
             subprocess.run([*command, *args.flags], check=True)
         for name, path in paths.items():
             reports[name].append(json.loads(path.read_text()))

@@ -231,9 +231,7 @@ GOOD = json.dumps(PAIR).encode()
             "'chosen' ends in a turn of 'user'",
         ),
         (
-            json.dumps(
-                {side: messages("b", first="a") for side in ("chosen", "rejected")}
-            ).encode(),
+            json.dumps({side: messages("b", first="a") for side in ("chosen", "rejected")}).encode(),
             "no field 'prompt'",
         ),
         (b'{"chosen": "a", "rejected": "b"}', "no field 'prompt'"),
