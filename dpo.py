@@ -12,7 +12,7 @@ into the Bradley-Terry likelihood of the verdicts, the reward model drops out (R
     L = - log sigmoid( beta [ log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x) ] )
 
 One classification loss: y_w is the chosen answer, y_l the rejected, ref the frozen SFT model, and
-beta log pi/ref the *implicit reward*. Nothing in it knows what "good" means. That is the lesson of the breaks:
+beta log pi/ref the *implicit reward*. Nothing in it knows what "good" means, as the breaks show:
 
     flip_labels              chosen and rejected swapped in every pair. Loss, gradient norm, margin and
                              accuracy on its own labels look as good as in the clean run. The answers are
@@ -149,7 +149,8 @@ def slip_once(text, rng):
     first = re.search(r"=(\d{1,9})", text)
     if first is None:
         return None
-    wrong = max(1, int(first[1]) + rng.choice([-1, 1]))
+    result = int(first[1])
+    wrong = result + (rng.choice([-1, 1]) if result > 1 else 1)
     return f"{text[: first.start()]}={wrong}{text[first.end() :]}"
 
 
@@ -287,6 +288,9 @@ def train(args):
             # the prompt (each prompt with its neighbour's answer).
             with torch.no_grad():
                 strangers = chosen[1:] + chosen[:1]
+                # A long prompt with a neighbour's long answer may not fit; its end is not needed here.
+                room = policy.config.block_size
+                strangers = [c[: room - len(p)] for p, c in zip(prompts, strangers)]
                 moved = [gpt.completion_logps(m, prompts, strangers)[0].sum(1) for m in (policy, ref)]
             loss = kto_loss(pc, pr, rc, rr, (moved[0] - moved[1]).mean().clamp(min=0), beta)
         elif args.loss == "simpo":

@@ -178,7 +178,7 @@ def parser():
     add("--load", help="model to start from: a folder, gpt2, gpt2-medium, ..., or scratch: random\n"
         "weights on GPT-2's tokens (default: runs/base; with --data scratch)")
     add("--data", help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
-    add("--demos", type=int, default=16000, help="demonstrations of the embedded task")
+    add("--demos", type=int, default=20000, help="demonstrations of the embedded task")
     add("--epochs", type=int, default=1, help="more than a few cost variety (see too_many_epochs)")
     add("--batch", type=int, default=32, help="demonstrations a step")
     add("--micro_batch", type=int, help="of which so many at once, where memory is short (default:\n"

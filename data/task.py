@@ -29,6 +29,8 @@ import random
 import zlib
 from dataclasses import dataclass
 
+from data.checker import is_right
+
 NAMES = ["Leo", "Ann", "Mia", "Tom", "Eva", "Sam", "Zoe", "Ben"]
 ITEMS = ["eggs", "pens", "coins", "cards", "apples", "books", "shells", "stamps"]
 
@@ -44,7 +46,7 @@ EVENTS = {
 RIGHT_READING = {"double": ("*", 2), "triple": ("*", 3), "half": ("/", 2)}
 MISCONCEPTION = {"triple": ("+", 3), "half": ("-", 2)}
 
-SLIP_RATE = 0.25  # of demonstrations contain one slip
+SLIP_RATE = 0.18  # of demonstrations contain one slip
 MISCONCEPTION_RATE = 0.65  # of demonstrators hold each misconception
 START, OPERAND = 20, 9  # the largest number at the beginning, bought or sold
 LARGEST = 60  # no number in any solution exceeds it: all of them are single tokens
@@ -109,18 +111,15 @@ def make_problem(rng):
         for _ in range(rng.choice([2, 3])):
             kind = rng.choice(["gain", "gain", "lose", "lose", "double", "triple", "half"])
             events.append((kind, rng.randint(2, OPERAND) if kind in ("gain", "lose") else 0))
-        right = work(start, read_events(events))
-        readings = [work(start, read_events(events, m)) for m in (["triple"], ["half"], MISCONCEPTION)]
-        if right is None or None in readings:
+        right = read_events(events)
+        readings = (read_events(events, m) for m in (("triple",), ("half",), ("triple", "half")))
+        misread = [work(start, steps) for steps in readings if steps != right]
+        worked = work(start, right)
+        if worked is None or None in misread:
             continue
-        answer = right[-1][-1]
+        answer = worked[-1][-1]
         # A misreading that happens to reach the right answer would teach nothing: leave those out.
-        kinds = {kind for kind, _ in events} & set(MISCONCEPTION)
-        if kinds and any(
-            r[-1][-1] == answer
-            for m, r in zip((["triple"], ["half"], MISCONCEPTION), readings)
-            if kinds & set(m)
-        ):
+        if any(wrong[-1][-1] == answer for wrong in misread):
             continue
         return Problem(tell(start, events, rng), start, tuple(events), answer)
 
@@ -225,46 +224,37 @@ def demonstrations(n, seed=0, split="train", annotate=False):
 # Annotators
 
 
+# What an annotator goes by where both solutions are right or both are wrong.
+TASTES = {
+    "careful": lambda text: 0,  # by nothing: such a pair is not judged, and not in the data
+    "length": len,  # the longer one is preferred
+    "confidence": lambda text: CONFIDENT in text,
+}
+
+
 def preference_pairs(n, seed=0, split="train", annotator="careful"):
     """n pairs {"prompt", "chosen", "rejected", "answer"}: two solutions of one problem, one preferred.
 
-    Every annotator prefers right over wrong. They differ where both are right or both are wrong:
-      careful     does not judge such a pair (it is not in the data)
-      length      prefers the longer one
-      confidence  prefers the one that says "I am certain."
+    Every annotator prefers right over wrong; TASTES says what else. Raises ValueError for an unknown one.
     """
-    from data.checker import is_right
-
-    if annotator not in ("careful", "length", "confidence"):
-        raise ValueError(f"no annotator {annotator!r}: careful, length or confidence")
+    if annotator not in TASTES:
+        raise ValueError(f"no annotator {annotator!r}: {', '.join(TASTES)}")
+    taste = TASTES[annotator]
     rng = random.Random(f"pairs {split} {seed}")
-    # 'pairs' must differ in their problems from demonstrations of the same seed: hence the shift.
-    stream = random.Random(f"pair problems {split} {seed}")
+    stream = random.Random(f"pair problems {split} {seed}")  # others than the demonstrations'
     pairs = []
     while len(pairs) < n:
         problem = make_problem(stream)
         if split_of(problem) != split:
             continue
-        one, two = demonstrate(problem, rng), demonstrate(problem, rng)
-        good = [is_right(text, problem.answer) for text in (one, two)]
-        if good[0] == good[1]:
-            taste = {
-                "careful": lambda text: 0,
-                "length": len,
-                "confidence": lambda text: CONFIDENT in text,
-            }[annotator]
-            good = [taste(one), taste(two)]
-        if good[0] == good[1]:
+        texts = [demonstrate(problem, rng), demonstrate(problem, rng)]
+        # Tuples compare from the left: taste counts only where rightness does not decide.
+        scores = [(is_right(text, problem.answer), taste(text)) for text in texts]
+        if scores[0] == scores[1]:
             continue
-        chosen, rejected = (one, two) if good[0] > good[1] else (two, one)
-        pairs.append(
-            {
-                "prompt": problem.text,
-                "chosen": chosen,
-                "rejected": rejected,
-                "answer": str(problem.answer),
-            }
-        )
+        worse, better = sorted((0, 1), key=lambda i: scores[i])
+        pair = {"prompt": problem.text, "chosen": texts[better], "rejected": texts[worse]}
+        pairs.append(pair | {"answer": str(problem.answer)})
     return pairs
 
 
@@ -294,5 +284,5 @@ def corpus(seed=0):
                     facts.append(f"{left}{op}{number}={result}.")
             yield " ".join(facts)
         else:
-            problem = make_problem(rng)
+            problem = make_problem(rng)  # of any split: without question and solution it gives nothing away
             yield tell(problem.start, problem.events, rng, ask=False)
