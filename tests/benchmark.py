@@ -1,0 +1,188 @@
+"""How fast is gpt.py, and how fast could it be? Not a test: prints a table.
+
+    python tests/benchmark.py               three minutes at most, on two cores
+    python tests/benchmark.py --quick       fewer repetitions
+
+Measured side by side, in one process, is our code against transformers' GPT2LMHeadModel of the same size:
+
+    training    tokens a second through forward, loss, backward, clipping and one AdamW step. The same
+                weights, ids and optimizer (gpt.make_optimizer) on both sides, all positions
+                are targets. Theirs computes the logits and the loss in its own forward(labels=).
+    sampling    new tokens a second, at temperature 1 from prompts of one length, no stop token: ours
+                is gpt.sample, theirs generate(do_sample=True), both with a key-value cache.
+
+once for the tiny model of the embedded task (gpt.GPTConfig) and once for GPT-2 124M with random weights
+(speed does not depend on what the weights are), 124M also under bfloat16 autocast.
+
+How: ours and theirs take turns, so that whatever else the machine does hits both; after one round to warm
+up, the table shows medians over the rounds, and the median of the ratio ours / theirs
+*within* a round. Above 1 we are faster.
+
+The last column puts the training step against the hardware: its floating-point operations a second as a
+share of what one large float32 matrix product (2048 x 2048 times itself) reaches on the same cores,
+measured in the same rounds. Counted are 6 operations a parameter and token (position embeddings left
+out: they are looked up, not multiplied) and 12 * layers * width * length a token for attention (the
+full square, as is usual, though half of it is masked). For bfloat16 it is the share of that
+same float32 product: where the processor has bfloat16 instructions it may exceed 100 %.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: all weights are random
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+import gpt
+
+TINY = gpt.GPTConfig(vocab_size=gpt.Tokenizer("task").vocab_size)
+SMALL = gpt.GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768, tokenizer="gpt2")  # 124M
+SIDE = 2048  # of the matrix product
+
+
+def twins(config):
+    """Our model and theirs, with the same random weights."""
+    torch.manual_seed(0)
+    ours = gpt.GPT(config)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+            n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        )
+    )  # fmt: skip
+    weights = theirs.transformer.state_dict()
+    for name, w in ours.state_dict().items():
+        weights[name].copy_(w.t() if name.endswith(gpt.TRANSPOSED) else w)
+    return ours, theirs.train()
+
+
+def train_step(model, optimizer, ids, bfloat16):
+    """One update; returns the loss."""
+    if isinstance(model, gpt.GPT):
+        model.bfloat16 = bfloat16
+        logits = model(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+    else:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(ids, labels=ids).loss
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def generate(model, prompts, new, bfloat16):
+    """Continue every prompt by `new` tokens; returns their number."""
+    if isinstance(model, gpt.GPT):
+        model.bfloat16 = bfloat16
+        out, _ = gpt.sample(model, prompts.tolist(), new, [], generator=gpt.rng(0))
+        return sum(map(len, out))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
+            max_new_tokens=new, min_new_tokens=new,
+        )  # fmt: skip
+    return out[:, prompts.shape[1] :].numel()
+
+
+def seconds(work):
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def compare(name, ours, theirs, tokens, rounds, repeat, flops=None):
+    """Run both, `rounds` times in turn, and print one row. flops: of one run, for the last column."""
+    ours(), theirs()
+    times, ratios, shares = ([], []), [], []
+    matrix, product = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
+    for turn in range(rounds):
+        both = [0.0, 0.0]
+        for side in (0, 1) if turn % 2 else (1, 0):  # nobody always goes first
+            both[side] = seconds(lambda: [(ours, theirs)[side]() for _ in range(repeat)]) / repeat
+            times[side].append(both[side])
+        ratios.append(both[1] / both[0])
+        if flops:
+            # The better of two: a peak is what the machine can do, not what it did meanwhile.
+            fastest = min(seconds(lambda: torch.mm(matrix, matrix, out=product)) for _ in range(2))
+            shares.append(flops / both[0] / (2 * SIDE**3 / fastest))
+    our_speed, their_speed = (tokens / statistics.median(t) for t in times)
+    share = f"{statistics.median(shares):10.0%}" if flops else ""
+    ratio = statistics.median(ratios)
+    print(f"{name:46}{our_speed:10,.0f}{their_speed:14,.0f}{ratio:8.2f}{share}", flush=True)
+
+
+def train_flops(config, model, batch, length):
+    counted = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    attention = 12 * config.n_layer * config.n_embd * length
+    return (6 * counted + attention) * batch * length
+
+
+def training(name, config, batch, length, bfloat16, rounds, repeat):
+    ours, theirs = twins(config)
+    ids = torch.randint(config.vocab_size, (batch, length + 1), generator=gpt.rng(1))
+    optimizers = {model: gpt.make_optimizer(model, 1e-4) for model in (ours, theirs)}
+    # A comparison of speed is worth something only where both compute the same.
+    losses = [train_step(model, optimizers[model], ids, bfloat16) for model in (ours, theirs)]
+    assert abs(losses[0] - losses[1]) < (0.05 if bfloat16 else 1e-3), losses
+    compare(
+        f"{name} training, {batch} x {length}{', bfloat16' if bfloat16 else ''}",
+        lambda: train_step(ours, optimizers[ours], ids, bfloat16),
+        lambda: train_step(theirs, optimizers[theirs], ids, bfloat16),
+        batch * length, rounds, repeat, train_flops(config, ours, batch, length),
+    )  # fmt: skip
+
+
+def sampling(name, config, batch, prompt, new, bfloat16, rounds):
+    ours, theirs = twins(config)
+    theirs.eval()
+    prompts = torch.randint(config.vocab_size, (batch, prompt), generator=gpt.rng(2))
+    for model in (ours, theirs):
+        assert generate(model, prompts, new, bfloat16) == batch * new
+    compare(
+        f"{name} sampling, {batch} x {new}{', bfloat16' if bfloat16 else ''}",
+        lambda: generate(ours, prompts, new, bfloat16),
+        lambda: generate(theirs, prompts, new, bfloat16),
+        batch * new, rounds, 1,
+    )  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a third of the repetitions")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+
+    def rounds(n):
+        return max(2, n // 3) if args.quick else n
+
+    begun = time.time()
+    import transformers
+
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
+          "tokens a second\n")  # fmt: skip
+    print(f"{'':46}{'gpt.py':>10}{'transformers':>14}{'ratio':>8}{'of matmul':>10}")
+    training("tiny", TINY, 32, 64, False, rounds(15), 5)
+    training("tiny", TINY, 16, 64, False, rounds(15), 5)
+    sampling("tiny", TINY, 64, 30, 56, False, rounds(9))
+    for bfloat16 in (False, True):
+        training("124M", SMALL, 2, 256, bfloat16, rounds(5), 1)
+        sampling("124M", SMALL, 4, 30, 32, bfloat16, rounds(5))
+    print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these "
+          "cores makes both sides slower and the ratio less certain.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
