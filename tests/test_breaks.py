@@ -1,0 +1,97 @@
+"""Every break's documented signature, at its documented size, on a seed that nothing was tuned on.
+
+Slow: a whole chain of base, SFT and DPO models. The claims that are checked are the ones that the script itself
+prints, so a script cannot say "reproduced" of something weaker than what is tested here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SEED = 1234
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("breaks")
+
+
+def report_of(folder, script, name):
+    """Run a break as a reader would and return (clean report, broken report, what was printed)."""
+    command = [sys.executable, str(REPO / f"{script}.py"), "--break", name, "--seed", str(SEED)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = folder / "runs"
+    clean = json.loads((runs / f"{script}-seed={SEED}" / "report.json").read_text())
+    broken = json.loads((runs / f"{script}-{name}-seed={SEED}" / "report.json").read_text())
+    assert (runs / f"{script}-{name}-seed={SEED}" / "figure.png").stat().st_size > 5000
+    return clean, broken, done.stdout
+
+
+def test_sft_world(folder):
+    """What the preference stage stands on: half of the judgement, sampled; the misconceptions stay, greedily."""
+    clean, broken, printed = report_of(folder, "sft", "eos_masked")
+    assert 0.35 < clean["right_sampled"] < 0.60
+    assert clean["right_greedy"] < 0.75
+    assert clean["ended"] > 0.95 and broken["ended"] < 0.05
+    assert abs(broken["loss"] / clean["loss"] - 1) < 0.2
+    assert broken["reproduced"], printed
+
+
+def test_too_many_epochs(folder):
+    clean, broken, printed = report_of(folder, "sft", "too_many_epochs")
+    assert broken["loss"] < 0.5 * clean["loss"]
+    assert broken["pass@64"] < clean["pass@64"] - 0.1
+    assert broken["reproduced"], printed
+
+
+def test_flip_labels(folder):
+    """The picture of the repository: the same dashboard, 30 points between the answers."""
+    clean, broken, printed = report_of(folder, "dpo", "flip_labels")
+    assert clean["right_sampled"] > clean["right_sampled_sft"] + 0.05  # the clean run is healthy
+    assert clean["right_greedy"] > clean["right_greedy_sft"] + 0.1
+    assert broken["right_sampled"] < clean["right_sampled"] - 0.3
+    assert broken["held_out_pairs"] < 0.5 < clean["held_out_pairs"]
+    assert broken["loss"] < 1.1 * clean["loss"]
+    assert broken["accuracy"] > 0.9 * clean["accuracy"]
+    assert broken["reproduced"], printed
+
+
+def test_the_first_step_is_equal(folder):
+    """At policy = reference, swapping the labels changes the sign of the gradient and nothing else."""
+    first = []
+    for name in (f"dpo-seed={SEED}", f"dpo-flip_labels-seed={SEED}"):
+        lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        first.append(next(m for m in map(json.loads, lines) if "loss" in m))
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-3)
+
+
+def test_label_noise(folder):
+    clean, broken, printed = report_of(folder, "dpo", "label_noise")
+    assert broken["loss"] > 0.5 > clean["loss"]
+    assert broken["reproduced"], printed
+
+
+def test_likelihood_displacement(folder):
+    """Near-identical pairs: the chosen answers lose likelihood, and so do the right answers."""
+    clean, broken, printed = report_of(folder, "dpo", "likelihood_displacement")
+    assert broken["reward_chosen"] < 0 < clean["reward_chosen"]
+    assert broken["accuracy"] > 0.9
+    assert broken["right_sampled"] < clean["right_sampled"] - 0.1
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]  # it says so either way
+
+
+def test_low_beta(folder):
+    """A tenth of the leash: farther away. How much worse the answers get is in the README, seed by seed."""
+    clean, broken, printed = report_of(folder, "dpo", "low_beta")
+    assert broken["kl"] > clean["kl"]
+    assert broken["held_out_pairs"] > clean["held_out_pairs"] - 0.08
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]
