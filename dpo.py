@@ -199,10 +199,13 @@ def train(args):
     lr = args.lr or (1e-4 if policy.config.n_embd < 512 else 5e-6)
     room = min(args.max_tokens, policy.config.block_size)
     if args.data:
-        pairs, counts = public.clean_pairs(public.load_rows(args.data), tok.encode, room)
+        pairs, counts = public.clean_pairs(public.load_or_exit(args.data), tok.encode, room)
         public.say_counts(args.data, counts, room)
-        if len(pairs) < 2:
-            raise SystemExit(f"{len(pairs)} pairs of {args.data} fit: see --max_tokens")
+        if len({p["prompt"] for p in pairs}) < 2:
+            raise SystemExit(
+                f"{len(pairs)} pairs, with fewer than two different prompts, are left of "
+                f"{args.data}: none can be held out (see --max_tokens)"
+            )
         pairs, held_out = public.split_pairs(pairs, seed=args.seed)
         random.Random(args.seed).shuffle(pairs)
         pairs = pairs[: steps * batch]  # no reference log-probabilities for pairs never visited

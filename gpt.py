@@ -309,6 +309,8 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
     rows = torch.arange(B, device=device)  # which prompt each row of the batch belongs to
     alive = torch.ones(B, dtype=torch.bool, device=device)
     hidden = model.hidden(ids, valid[:, :P], cache)[:, -1]  # (B, C)
+    if not torch.isfinite(hidden).all():
+        sys.exit("The model's outputs are not finite: its training blew up. Try a smaller --lr.")
     for t in range(N):
         logits = model.head(hidden).float()  # (b, V)
         if temperature == 0:
@@ -568,6 +570,12 @@ def parse(script, parser, argv, breaks=None):
     for name, value in vars(args).items():
         if type(value) is int and value < 1 and name not in ("seed", "top_k"):
             parser.error(f"--{name} must be at least 1, not {value}")
+        if name in ("lr", "beta", "top_p") and value is not None and value <= 0:
+            parser.error(f"--{name} must be above 0, not {value}")
+        if name in ("nll", "noise", "temperature", "top_k") and value < 0:
+            parser.error(f"--{name} must not be negative, it is {value}")
+        if name == "noise" and value >= 0.5:
+            parser.error(f"--noise {value}: labels that are wrong half of the time say nothing")
     if args.device is None:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         args.device = "cuda" if cuda else "mps" if mps else "cpu"
@@ -743,9 +751,12 @@ class Run:
         write_atomically(path, lambda p: save_file(tensors, p, {"state": json.dumps(state)}))
 
     def _load(self, path, model, optimizer):
-        with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            sys.exit(f"{path} is damaged ({error}): it cannot be resumed. Run without --resume.")
         for name in self.config:
             if state["config"].get(name) != self.config[name]:
                 what = "the script has changed" if name == "code" else f"--{name} differs"
@@ -916,7 +927,8 @@ def train(args):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         run.log(step, loss=loss, grad_norm=grad_norm)
-    run.finish(model, loss=sum(m["loss"] for m in run.metrics[-50:]) / 50)
+    last = run.metrics[-50:]  # a single batch is noise
+    run.finish(model, loss=sum(m["loss"] for m in last) / len(last))
     return run
 
 

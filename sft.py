@@ -101,7 +101,7 @@ def train(args):
         # that still falls does this without noticing.
         args.demos, args.epochs = max(1, args.demos // 20), args.epochs * 20
     if args.data:
-        rows = [r for r in public.load_rows(args.data) if r["chosen"]]
+        rows = [r for r in public.load_or_exit(args.data) if r["chosen"]]
         texts = [(r["prompt"], r["chosen"]) for r in rows]
         problems = []
     else:
@@ -115,7 +115,8 @@ def train(args):
               f"context of {room} tokens and are left out")  # fmt: skip
     examples = fitting
     if not examples:
-        raise SystemExit(f"no demonstration fits the context of {room} tokens")
+        source = args.data or "the embedded task"
+        raise SystemExit(f"{source} holds no demonstration that fits the context of {room} tokens")
     # GPT-2's vocabulary makes a row of logits per token of 200 kB: few rows at a time.
     micro_batch = args.micro_batch or (4 if args.data else args.batch)
     pad = tok.pad
@@ -158,7 +159,7 @@ def train(args):
     if problems:
         report |= results
         # Many answers to a few questions: is there a right one among them?
-        few, k = problems[: args.problems // 5], 64
+        few, k = problems[: max(1, args.problems // 5)], 64
         generator = gpt.rng(args.seed, "pass@k")
         questions = [p.text for p in few for _ in range(k)]
         golds = [p.answer for p in few for _ in range(k)]

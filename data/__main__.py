@@ -9,7 +9,6 @@ Add --seed 1 for ten others.
 
 import argparse
 import random
-import sys
 
 from data import public, task
 from data.checker import is_right
@@ -43,11 +42,7 @@ def main():
     if args.source == "pairs":
         pairs = task.preference_pairs(10, args.seed)
     else:
-        try:
-            rows = public.load_rows(args.source)
-        except (OSError, ValueError) as error:  # no such file, no hub, a malformed line: said in one line
-            sys.exit(str(error))
-        rows, counts = public.clean_pairs(rows, str.split, 10**9)
+        rows, counts = public.clean_pairs(public.load_or_exit(args.source), str.split, 10**9)
         public.say_counts(args.source, counts)
         pairs = rng.sample(rows, min(10, len(rows)))
     for number, pair in enumerate(pairs, 1):

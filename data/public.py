@@ -325,6 +325,14 @@ def load_rows(source, split="train"):
     return rows
 
 
+def load_or_exit(source, split="train"):
+    """load_rows for a script: what is wrong with the data is said in one line, without a traceback."""
+    try:
+        return load_rows(source, split)
+    except (OSError, ValueError) as error:  # ConnectionError and FileNotFoundError are OSErrors
+        raise SystemExit(str(error)) from None
+
+
 # --- preparing pairs -------------------------------------------------------------------------
 
 

@@ -14,11 +14,11 @@ Measured side by side, in one process, is our code against transformers' GPT2LMH
 once for the tiny model of the embedded task (gpt.GPTConfig) and once for GPT-2 124M with random weights
 (speed does not depend on what the weights are), 124M also under bfloat16 autocast.
 
-How: ours and theirs take turns, so that whatever else the machine does hits both; after one round to warm
+How: ours and theirs take turns, so that whatever else the machine does hits both; after a first call to warm
 up, the table shows medians over the rounds, and the median of the ratio ours / theirs
 *within* a round. Above 1 we are faster.
 
-The last column puts the training step against the hardware: its floating-point operations a second as a
+The column "of peak" puts the training step against the hardware: its floating-point operations a second as a
 share of what one large float32 matrix product (2048 x 2048 times itself) reaches on the same cores,
 measured in the same rounds. Counted are 6 operations a parameter and token (position embeddings left
 out: they are looked up, not multiplied) and 12 * layers * width * length a token for attention (the
@@ -46,6 +46,7 @@ import gpt
 TINY = gpt.GPTConfig(vocab_size=gpt.Tokenizer("task").vocab_size)
 SMALL = gpt.GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768, tokenizer="gpt2")  # 124M
 SIDE = 2048  # of the matrix product
+LIMIT = 18  # seconds a row, so that the whole ends in three minutes on a busy machine as well
 
 
 def twins(config):
@@ -95,31 +96,39 @@ def generate(model, prompts, new, bfloat16):
     return out[:, prompts.shape[1] :].numel()
 
 
-def seconds(work):
+def seconds(work, repeat):
+    """Seconds one call takes, over `repeat` of them."""
     begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+    for _ in range(repeat):
+        work()
+    return (time.perf_counter() - begun) / repeat
 
 
 def compare(name, ours, theirs, tokens, rounds, repeat, flops=None):
-    """Run both, `rounds` times in turn, and print one row. flops: of one run, for the last column."""
-    ours(), theirs()
+    """Run both in turn, for `rounds` rounds or LIMIT seconds, and print one row.
+
+    ours, theirs: functions that were called before (the first call of anything is slow). tokens, flops:
+    of one call; each turn makes `repeat` calls, where one is too short for the clock.
+    """
     times, ratios, shares = ([], []), [], []
     matrix, product = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
-    for turn in range(rounds):
-        both = [0.0, 0.0]
-        for side in (0, 1) if turn % 2 else (1, 0):  # nobody always goes first
-            both[side] = seconds(lambda: [(ours, theirs)[side]() for _ in range(repeat)]) / repeat
-            times[side].append(both[side])
-        ratios.append(both[1] / both[0])
+    begun = time.perf_counter()
+    while len(ratios) < 2 or (len(ratios) < rounds and time.perf_counter() - begun < LIMIT):
+        both = {}
+        # Nobody always goes first.
+        for side in (ours, theirs) if len(ratios) % 2 else (theirs, ours):
+            both[side] = seconds(side, repeat)
+        for side, measured in zip((ours, theirs), times):
+            measured.append(both[side])
+        ratios.append(both[theirs] / both[ours])
         if flops:
             # The better of two: a peak is what the machine can do, not what it did meanwhile.
-            fastest = min(seconds(lambda: torch.mm(matrix, matrix, out=product)) for _ in range(2))
-            shares.append(flops / both[0] / (2 * SIDE**3 / fastest))
-    our_speed, their_speed = (tokens / statistics.median(t) for t in times)
-    share = f"{statistics.median(shares):10.0%}" if flops else ""
-    ratio = statistics.median(ratios)
-    print(f"{name:46}{our_speed:10,.0f}{their_speed:14,.0f}{ratio:8.2f}{share}", flush=True)
+            fastest = min(seconds(lambda: torch.mm(matrix, matrix, out=product), 1) for _ in range(2))
+            shares.append(flops / both[ours] / (2 * SIDE**3 / fastest))
+    our_speed, their_speed = (tokens / statistics.median(measured) for measured in times)
+    share = f"{statistics.median(shares):9.0%}" if flops else f"{'':9}"
+    ratio = f"{statistics.median(ratios):7.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    print(f"{name:34}{our_speed:10,.0f}{their_speed:14,.0f}{ratio:>22}{share}{len(ratios):8}", flush=True)
 
 
 def train_flops(config, model, batch, length):
@@ -173,7 +182,7 @@ def main():
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
           "tokens a second\n")  # fmt: skip
-    print(f"{'':46}{'gpt.py':>10}{'transformers':>14}{'ratio':>8}{'of matmul':>10}")
+    print(f"{'':34}{'gpt.py':>10}{'transformers':>14}{'ratio (range)':>22}{'of peak':>9}{'rounds':>8}")
     training("tiny", TINY, 32, 64, False, rounds(15), 5)
     training("tiny", TINY, 16, 64, False, rounds(15), 5)
     sampling("tiny", TINY, 64, 30, 56, False, rounds(9))

@@ -36,7 +36,7 @@ def report_of(folder, script, name):
 
 
 def test_sft_world(folder):
-    """What the preference stage stands on: half of the judgement, sampled; the misconceptions stay, greedily."""
+    """Half of the judgement when sampled; the misconceptions stay, greedily too."""
     clean, broken, printed = report_of(folder, "sft", "eos_masked")
     assert 0.35 < clean["right_sampled"] < 0.60
     assert clean["right_greedy"] < 0.75
