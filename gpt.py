@@ -558,7 +558,7 @@ def parse(script, parser, argv, breaks=None):
     add = parser.add_argument
     parser.formatter_class = argparse.RawTextHelpFormatter  # keeps the lines of --break
     if breaks:
-        lines = "".join(f"\n  {name:24}{line}" for name, line in breaks.items())
+        lines = "".join(f"\n  {name:24}{line}" for name, line in breaks.items()).replace("%", "%%")
         add("--break", dest="break_", choices=breaks, metavar="NAME",
             help="train a documented failure beside the clean run; NAME is one of" + lines)  # fmt: skip
     add("--seed", type=int, default=0, help="seed of this run and of what it needs first")
@@ -730,7 +730,9 @@ class Run:
         report = {"config": self.config, **results}
         text = json.dumps(report, indent=2)
         write_atomically(self.folder / "report.json", lambda path: path.write_text(text))
-        (self.folder / "resume.safetensors").unlink(missing_ok=True)
+        # The training state, and what kills in the middle of writing it have left behind.
+        for rest in (*self.folder.glob("resume.safetensors*"), *self.folder.glob(".tmp*")):
+            rest.unlink()
         print(f"{self.folder}: done in {results['seconds']:.0f} s, peak memory {results['peak_gb']:.1f} GB")
         return report
 
@@ -810,7 +812,10 @@ def run_once(train, args, reuse):
     if reuse and run.finished():
         print(f"{run.folder}: already there, finished with the same flags and code")
         return run
-    return train(args)
+    try:
+        return train(args)
+    except KeyboardInterrupt:  # outside of the loop, or for the second time within a step
+        sys.exit("\nStopped at once. What was saved goes on with --resume.")
 
 
 def clean_and_broken(train, args):
@@ -937,7 +942,7 @@ def chat(args):
     model = load_model(args.load, args.device, args.dtype == "bfloat16")
     tok = Tokenizer(model.config.tokenizer)
     ids = tok.prompt(args.prompt) if model.config.chat else tok.encode(args.prompt)
-    if not ids:
+    if not args.prompt:
         sys.exit("--prompt is empty: give it a few words to continue")
     room = model.config.block_size - len(ids)
     if room < 1:

@@ -1,7 +1,7 @@
 """Every break's documented signature, at its documented size, on a seed that nothing was tuned on.
 
-Slow: a whole chain of base, SFT and DPO models. The claims that are checked are the ones that the script itself
-prints, so a script cannot say "reproduced" of something weaker than what is tested here.
+Slow: a whole chain of base, SFT and DPO models. The claims that are checked are the ones that the script
+itself prints, so a script cannot say "reproduced" of something weaker than what is tested here.
 """
 
 import json

@@ -720,7 +720,6 @@ WRONG = [
     ("sft", "--load {base} --problems 0", "--problems"),
     ("dpo", "--load {chat} --problems 0", "--problems"),
     ("dpo", "--load {chat} --problems -3", "--problems"),
-    ("sft", "--load {base} --problems 3", "--problems"),  # pass@k takes a fifth of them
     ("sft", "--load {base} --demos 0", "--demos"),
     ("sft", "--load {base} --epochs 0", "--epochs"),
     ("sft", "--load {base} --micro_batch 0", "--micro_batch"),
