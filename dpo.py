@@ -17,8 +17,8 @@ beta log pi/ref the *implicit reward*. Nothing in it knows what "good" means, as
     flip_labels              chosen and rejected swapped in every pair. Loss, gradient norm, margin and
                              accuracy on its own labels look as good as in the clean run. The answers are
                              wrong.
-    likelihood_displacement  the rejected answer is the chosen one with its first result off by one. The
-                             margin grows faster, and the chosen answer itself becomes less likely.
+    likelihood_displacement  the rejected answer is the chosen one with its first result off by one, and the
+                             leash is as weak as in low_beta. The chosen answer itself becomes less likely.
                              (Razin et al. 2024; Pal et al. 2024: worst at low edit distance)
     label_noise              30 % of the labels swapped. This one the dashboard does show: the loss stays
                              high.
@@ -237,7 +237,9 @@ def train(args):
         pairs = [p | {"rejected": slip_once(p["chosen"], slips)} for p in pairs]
         pairs = [p for p in pairs if p["rejected"]]
     beta = args.beta or (REAL_BETA if args.data else BETA)[args.loss]
-    if args.break_ == "low_beta":
+    if args.break_ in ("low_beta", "likelihood_displacement"):
+        # Displacement needs slack as well: with the full leash the chosen answers lose likelihood, too, but
+        # right answers hold (measured, see README). --break low_beta is the control: slack alone.
         beta = beta / 10
 
     def encode(p):

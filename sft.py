@@ -19,9 +19,9 @@ are never the likeliest continuation, and wrong on what most of them misundersta
 The breaks:
     eos_masked       Padding and end token share an id, so masking the padding masks the end token as
                      well. The loss looks the same; the model never stops. (transformers issue 23530)
-    too_many_epochs  The same few demonstrations again and again. The training loss goes on falling and
-                     one answer a question is about as good as before, but the variety is gone: of 64 answers
-                     fewer questions find a right one. (Cobbe et al. 2021, section 4.1)
+    too_many_epochs  The same few demonstrations again and again. The training loss goes on falling. One
+                     answer a question gets a little worse; what is lost is the variety: far fewer questions
+                     find a right one among 64 answers. (Cobbe et al. 2021, section 4.1)
 """
 
 import argparse
@@ -34,7 +34,7 @@ from data import public, task
 
 BREAKS = {
     "eos_masked": "pad = end token: its label is masked, and the model never stops",
-    "too_many_epochs": "few demonstrations, many epochs: pass@1 holds, pass@64 falls",
+    "too_many_epochs": "few demonstrations, many epochs: the loss falls, and pass@64 falls far",
 }
 
 IGNORE = -100  # the label that means "no loss here"; cross_entropy's own default
@@ -97,9 +97,9 @@ def train(args):
 
     # ---- the demonstrations
     if args.break_ == "too_many_epochs":
-        # The same number of updates on a twentieth of the data. Who has few demonstrations and a loss
+        # The same number of updates on a fiftieth of the data. Who has few demonstrations and a loss
         # that still falls does this without noticing.
-        args.demos, args.epochs = max(1, args.demos // 20), args.epochs * 20
+        args.demos, args.epochs = max(1, args.demos // 50), args.epochs * 50
     if args.data:
         rows = [r for r in public.load_or_exit(args.data) if r["chosen"]]
         texts = [(r["prompt"], r["chosen"]) for r in rows]
@@ -217,13 +217,10 @@ def main(argv=None):
     else:
         claims = [
             ("the training loss ends lower", B["loss"] < C["loss"]),
+            ("variety is lost: pass@64 at least 10 points lower", B["pass@64"] < C["pass@64"] - 0.1),
             (
-                "one answer is about as good: pass@1 within 10 points or better",
-                B["pass@1"] > C["pass@1"] - 0.1,
-            ),
-            (
-                "variety is lost: pass@64 at least 10 points lower",
-                B["pass@64"] < C["pass@64"] - 0.1,
+                "one answer shows less of it: pass@1 falls by less than pass@64",
+                C["pass@1"] - B["pass@1"] < C["pass@64"] - B["pass@64"],
             ),
         ]
         figure = [
