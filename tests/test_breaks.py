@@ -93,5 +93,5 @@ def test_low_beta(folder):
     """A tenth of the leash: farther away. How much worse the answers get is in the README, seed by seed."""
     clean, broken, printed = report_of(folder, "dpo", "low_beta")
     assert broken["kl"] > clean["kl"]
-    assert broken["held_out_pairs"] > clean["held_out_pairs"] - 0.08
+    assert broken["held_out_pairs"] > 0.7  # the pairs look fine, or nearly so
     assert ("NOT reproduced" in printed) is not broken["reproduced"]
