@@ -34,6 +34,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -308,31 +309,33 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
     logps = torch.zeros(B, N, device=device)
     rows = torch.arange(B, device=device)  # which prompt each row of the batch belongs to
     alive = torch.ones(B, dtype=torch.bool, device=device)
-    hidden = model.hidden(ids, valid[:, :P], cache)[:, -1]  # (B, C)
-    if not torch.isfinite(hidden).all():
-        sys.exit("The model's outputs are not finite: its training blew up. Try a smaller --lr.")
-    for t in range(N):
-        logits = model.head(hidden).float()  # (b, V)
-        if temperature == 0:
-            logp = logits.log_softmax(-1)
-            new = logits.argmax(-1)  # (b,)
-        else:
-            logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
-            # Drawn on the CPU, where the generator lives: the same seed, the same text on any device.
-            new = torch.multinomial(logp.exp().cpu(), 1, generator=generator)[:, 0].to(device)
-        tokens[rows[alive], t] = new[alive]
-        logps[rows[alive], t] = logp.gather(1, new[:, None])[alive, 0]
-        alive &= ~torch.isin(new, stop)
-        left = int(alive.sum())
-        if left == 0 or t == N - 1:
-            break
-        # Finished rows leave the batch. Copying the cache costs about as much as a step, so not
-        # at every single one.
-        if left <= 0.75 * len(alive):
-            cache.keep(alive)
-            rows, valid, new = rows[alive], valid[alive], new[alive]
-            alive = alive[alive]
-        hidden = model.hidden(new[:, None], valid[:, : cache.length + 1], cache)[:, -1]
+    # Once around the whole loop: autocast keeps its bfloat16 copies of the weights until it is left.
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.bfloat16):
+        hidden = model.hidden(ids, valid[:, :P], cache)[:, -1]  # (B, C)
+        if not torch.isfinite(hidden).all():
+            sys.exit("The model's outputs are not finite: its training blew up. Try a smaller --lr.")
+        for t in range(N):
+            logits = model.head(hidden).float()  # (b, V)
+            if temperature == 0:
+                logp = logits.log_softmax(-1)
+                new = logits.argmax(-1)  # (b,)
+            else:
+                logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
+                # Drawn on the CPU, where the generator lives: the same seed, the same text on any device.
+                new = torch.multinomial(logp.exp().cpu(), 1, generator=generator)[:, 0].to(device)
+            tokens[rows[alive], t] = new[alive]
+            logps[rows[alive], t] = logp.gather(1, new[:, None])[alive, 0]
+            alive &= ~torch.isin(new, stop)
+            left = int(alive.sum())
+            if left == 0 or t == N - 1:
+                break
+            # Finished rows leave the batch. Copying the cache costs about as much as a step, so not
+            # at every single one.
+            if left <= 0.75 * len(alive):
+                cache.keep(alive)
+                rows, valid, new = rows[alive], valid[alive], new[alive]
+                alive = alive[alive]
+            hidden = model.hidden(new[:, None], valid[:, : cache.length + 1], cache)[:, -1]
     lengths = (tokens >= 0).sum(1).tolist()
     return (
         [row[:n].tolist() for row, n in zip(tokens, lengths)],
@@ -587,7 +590,7 @@ def parse(script, parser, argv, breaks=None):
     for name, value in vars(args).items():
         if name not in (*UNNAMED, "suffix") and value != parser.get_default(name):
             # Of a path the last two parts, without what a file name cannot hold.
-            short = "-".join(Path(str(value)).parts[-2:]).replace(".", "_")
+            short = "-".join(Path(str(value)).parts[-2:]).replace(".", "_")[-40:]
             args.suffix += f"-{name}={short}"
     args.script = script
     return args
@@ -623,9 +626,10 @@ class Run:
         name += "" if self.label == "clean" else f"-{self.label}"
         self.folder = Path("runs") / (name + args.suffix)
         self.resume = args.resume
-        # The script's own text is part of the settings: who changes a line and runs a break again
-        # must not be shown the clean run of the old line.
-        code = Path(__file__).with_name(args.script + ".py").read_bytes()
+        # The code is part of the settings: who changes a line and runs a break again must not be
+        # shown the clean run of the old line.
+        here = Path(__file__).parent
+        code = b"".join((here / f).read_bytes() for f in (args.script + ".py", "gpt.py", "data/task.py"))
         left_out = ("resume", "device", "suffix")
         self.config = {k: v for k, v in vars(args).items() if k not in left_out}
         self.config["code"] = hashlib.sha256(code).hexdigest()[:12]
@@ -662,12 +666,13 @@ class Run:
         else:
             if self.resume:
                 print(f"{self.folder}: nothing to resume, starting at step 0")
+            self._refuse_to_overwrite()
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             (self.folder / "config.json").write_text(json.dumps(self.config, indent=2))
             (self.folder / "metrics.jsonl").touch()
             (self.folder / "samples.md").touch()
-        interrupted = []
+        self.interrupted = interrupted = []
 
         def on_interrupt(signum, frame):
             if interrupted:  # the second Ctrl-C does not wait for the step to end
@@ -683,7 +688,7 @@ class Run:
                 if interrupted or (step > start and step % save_every == 0):
                     self._save(state, model, optimizer, step)
                 if interrupted:
-                    command = " ".join([a for a in sys.argv if a != "--resume"] + ["--resume"])
+                    command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
                     self.bar.close()
                     print(f"Saved at step {step} of {total}. Go on with:  python {command}")
                     sys.exit(130)
@@ -734,7 +739,17 @@ class Run:
         for rest in (*self.folder.glob("resume.safetensors*"), *self.folder.glob(".tmp*")):
             rest.unlink()
         print(f"{self.folder}: done in {results['seconds']:.0f} s, peak memory {results['peak_gb']:.1f} GB")
+        if self.interrupted:  # Ctrl-C during the last evaluation: complete, but nothing follows
+            sys.exit(130)
         return report
+
+    def _refuse_to_overwrite(self):
+        """Two long paths can end alike: their runs would share a folder's name."""
+        path = self.folder / "config.json"
+        old = json.loads(path.read_text()) if path.is_file() else {}
+        for name in ("load", "data", "base"):
+            if old.get(name) != self.config.get(name) and old:
+                sys.exit(f"{self.folder} holds a run with --{name} {old.get(name)}: move it away first.")
 
     def _files(self):
         return [self.folder / "metrics.jsonl", self.folder / "samples.md"]
