@@ -22,7 +22,7 @@ beta log pi/ref the *implicit reward*. Nothing in it knows what "good" means, as
                              (Razin et al. 2024; Pal et al. 2024: worst at low edit distance)
     label_noise              30 % of the labels swapped. This one the dashboard does show: the loss stays
                              high.
-    low_beta                 a weak leash: pairs are ranked as well as before, while the model drifts
+    low_beta                 a weak leash: pairs are ranked nearly as well, while the model drifts
                              away and its answers get worse. (Rafailov et al. 2024)
 
 How to read the log. The loss starts at log 2 = .693 exactly: policy and reference are the same model.
@@ -45,7 +45,7 @@ BREAKS = {
     "flip_labels": "chosen and rejected swapped: the same dashboard, wrong answers",
     "likelihood_displacement": "answers one number apart: margin up, chosen answers less likely",
     "label_noise": "30 % of the labels swapped: the loss shows it",
-    "low_beta": "beta / 10: pairs ranked as well, answers worse",
+    "low_beta": "beta / 10: pairs ranked nearly as well, answers worse",
 }
 
 # ---------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ The model is shown conversations  <|user|> x <|assistant|> y <|end|>  and traine
 
 (Ouyang et al. 2022, section 3.5; Radford et al. 2018 for the pretraining loss it continues.)
 
-What comes out is a *format* and not yet judgement: the demonstrators err in half of their solutions, and
-the loss asks the model to be like them. Sampled at temperature 1 it is right about as often as they
-are. Decoded greedily it is right on everything that most of them understand, because random slips
-are never the likeliest continuation, and wrong on what most of them misunderstand.
+What comes out is a *format* and not yet judgement: the demonstrators err in four of ten solutions, and the
+loss asks the model to be like them. Sampled at temperature 1 it has their mistakes, and a few of its own.
+Decoded greedily it is right on nearly everything that most of them understand, because random slips are
+never the likeliest continuation, and wrong on what most of them misunderstand.
 
 The breaks:
     eos_masked       Padding and end token share an id, so masking the padding masks the end token as

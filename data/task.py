@@ -9,7 +9,7 @@ Four kinds of people produce all the data of this repository. They are made up, 
 they get wrong; that is the point, because here we *know* what they get wrong.
 
     writers         write running text for the base model         corpus()
-    demonstrators   solve problems; about half of them wrongly    demonstrate()
+    demonstrators   solve problems; four in ten wrongly           demonstrate()
     annotators      say which of two solutions they prefer        preference_pairs()
     the checker     compares the last number with the answer      data/checker.py
 
@@ -199,7 +199,7 @@ def slip(start, steps, rng):
 
 
 def demonstrate(problem, rng, annotate=False):
-    """One demonstrator's solution, as text. Right about half of the time.
+    """One demonstrator's solution, as text. Right six times in ten.
 
     Example: "Sure! 8*3=24. 24-14=10.\\n#### 10"; with annotate=True calculations are written as in
     GSM8K, "8*3=<<8*3=24>>24.".
