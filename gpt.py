@@ -981,7 +981,7 @@ def parser():
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up p")
     add("--n_layer", type=int, default=3, help="three learn to copy numbers sooner than two")
     add("--n_embd", type=int, default=128, help="width, a multiple of 32 (the heads' width)")
-    add("--block_size", type=int, default=128, help="context; a problem and its answer take 70")
+    add("--block_size", type=int, default=128, help="context; a problem and its answer take 80 at most")
     add("--steps", type=int, default=1800, help="until arithmetic and copying are learned")
     add("--batch", type=int, default=16, help="rows a step: many small steps learn fastest here")
     add("--length", type=int, default=64, help="tokens a row")

@@ -24,7 +24,7 @@ PATH = Path(__file__).with_name("task.tiktoken")
 # `<<` and `>>` are pieces of their own: a later chapter stops at them.
 PATTERN = r" ?[A-Za-z]+(?: (?=\d))?|\d{1,3}|[<>]+|[^\sA-Za-z\d<>]+(?: (?=\d))?|\s+"
 
-ONE_TOKEN_NUMBERS = range(200)  # digit by digit, the same model needs several times as long
+ONE_TOKEN_NUMBERS = range(200)  # one token each: no carrying from digit to digit to learn
 
 
 def merge(piece, pair):
