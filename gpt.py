@@ -278,6 +278,20 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
+def draw_tokens(probs, generator=None):
+    """Draw one index a row with the given probabilities. (B, V) -> (B,)
+
+    By inverting the cumulative sum, which takes one random number a row. torch.multinomial takes V, and
+    on a CPU that was a fifth of the time of sampling. In float64: in float32 the sum's rounding
+    errors reach the size of rare tokens' probabilities.
+    """
+    cdf = probs.double().cumsum(-1) if probs.device.type != "mps" else probs.cumsum(-1)
+    # Drawn on the CPU, where the generator lives: the same seed, the same text on any device.
+    u = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64).to(cdf)
+    # The first index whose cumulative sum exceeds u: one of probability 0 never does so first.
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Continue every prompt until a stop token or max_new_tokens.
@@ -321,8 +335,7 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
                 new = logits.argmax(-1)  # (b,)
             else:
                 logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
-                # Drawn on the CPU, where the generator lives: the same seed, the same text on any device.
-                new = torch.multinomial(logp.exp().cpu(), 1, generator=generator)[:, 0].to(device)
+                new = draw_tokens(logp.exp(), generator)
             tokens[rows[alive], t] = new[alive]
             logps[rows[alive], t] = logp.gather(1, new[:, None])[alive, 0]
             alive &= ~torch.isin(new, stop)

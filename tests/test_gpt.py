@@ -721,3 +721,21 @@ def test_packed_rows_are_a_function_of_seed_and_step():
     assert rows.shape == (4, 33) and torch.equal(rows, gpt.packed_rows(tok, 0, 3, 4, 33))
     for other in (gpt.packed_rows(tok, 0, 4, 4, 33), gpt.packed_rows(tok, 1, 3, 4, 33)):
         assert not (rows == other).all(1).any()
+
+
+def test_draw_tokens_follows_the_probabilities():
+    """Frequencies within four standard errors, and never a token of probability 0, at either end."""
+    probs = torch.tensor([0.0, 0.6, 0.0, 0.3, 0.1, 0.0])
+    n = 20000
+    drawn = gpt.draw_tokens(probs.expand(n, -1), gpt.rng("frequencies"))
+    seen = torch.bincount(drawn, minlength=6) / n
+    assert (seen[probs == 0] == 0).all()
+    assert ((seen - probs).abs() <= 4 * (probs * (1 - probs) / n).sqrt()).all()
+
+
+def test_draw_tokens_at_the_edges(monkeypatch):
+    """The smallest and the largest number that a generator gives still draw a possible token."""
+    probs = torch.tensor([[0.0, 0.5, 0.5, 0.0]])
+    for u, token in ((0.0, 1), (1 - 2**-53, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: torch.tensor([[u]], dtype=torch.float64))
+        assert gpt.draw_tokens(probs).item() == token
