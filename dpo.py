@@ -353,6 +353,8 @@ def parser():
 
 def main(argv=None):
     args = gpt.parse("dpo", parser(), argv, BREAKS)
+    if args.beta is not None and args.beta <= 0:
+        raise SystemExit(f"--beta must be above 0, not {args.beta}: without the leash there is no DPO loss")
     if args.break_ is None:
         gpt.run_once(train, args, reuse=args.resume)
         return

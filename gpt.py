@@ -15,7 +15,8 @@ What is in this file, in reading order:
     1. GPT             GPT-2's architecture exactly, so that GPT-2's weights load into it
     2. Tokenizer       tiktoken, with four special tokens for a chat
     3. sample          batched generation with a key-value cache
-    4. completion_logps   log-probabilities of answers: what every algorithm here is made of
+    4. completion_logps   log-probabilities of answers: what every algorithm here is made of; and the
+                          same for a model that gives scores instead of tokens
     5. save, load      checkpoints in the layout of Hugging Face's GPT-2
     6. Run             the run record: metrics, samples, Ctrl-C, --resume
     7. break_report    the clean and the broken run side by side
@@ -34,6 +35,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -195,6 +197,26 @@ class GPT(nn.Module):
     def forward(self, ids, valid=None, cache=None):
         """Logits (B, T, V): row t holds the prediction for token t+1."""
         return self.head(self.hidden(ids, valid, cache))
+
+
+class Scorer(nn.Module):
+    """A transformer that gives a number where a language model gives a token: reward model, verifier.
+
+    The output layer is one dot product, (B, T, C) -> (B, T). The scale of what it learns is arbitrary, so
+    scores are reported as (raw - mean) / std, with mean and std set once, after training.
+    """
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+        self.score = nn.Linear(transformer.config.n_embd, 1, bias=False)
+        # Final hidden states have unit-sized entries: scores then start with a spread of about 1.
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(transformer.config.n_embd + 1))
+        self.mean, self.std = 0.0, 1.0
+
+    def forward(self, ids):
+        raw = self.score(self.transformer.hidden(ids).float())[:, :, 0]  # (B, T), float32
+        return (raw - self.mean) / self.std
 
 
 # ---------------------------------------------------------------------------------------------
@@ -360,6 +382,7 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
 class Answer:
     text: str  # without the end token
     ids: list  # with it
+    logps: torch.Tensor  # of the ids, under the distribution sampled from
     ended: bool  # False: cut off at max_new_tokens
     right: bool  # by the exact checker
 
@@ -369,12 +392,12 @@ def solve(model, tok, questions, golds, temperature, generator, max_new_tokens=4
     prompts = [tok.prompt(question) for question in questions]
     answers = []
     for i in range(0, len(prompts), batch):
-        completions, _ = sample(model, prompts[i : i + batch], max_new_tokens, [tok.end],
-                                temperature=temperature, generator=generator)  # fmt: skip
-        for ids, gold in zip(completions, golds[i : i + batch]):
+        completions = sample(model, prompts[i : i + batch], max_new_tokens, [tok.end],
+                             temperature=temperature, generator=generator)  # fmt: skip
+        for ids, logps, gold in zip(*completions, golds[i : i + batch]):
             ended = ids[-1] == tok.end
             text = tok.decode(ids[:-1] if ended else ids)
-            answers.append(Answer(text, ids, ended, is_right(text, gold)))
+            answers.append(Answer(text, ids, logps, ended, is_right(text, gold)))
     return answers
 
 
@@ -407,20 +430,60 @@ def examine(model, tok, problems, seed, step, max_new_tokens=48):
 # 4. Log-probabilities of completions
 
 
-def completion_logps(model, prompts, completions, temperature=1.0):
+def completion_logps(model, prompts, completions, temperature=1.0, value_head=None):
     """log p(completion token | prompt, tokens before) for every token of every completion.
 
     prompts, completions: lists of lists of ids. Returns (logps, mask), both (B, N) with N the longest
     completion: float32 log-probabilities, 0 where mask is False. Sum over dim 1 for the
     log-probability of the whole completion. `temperature` must be that of the sampling
     whenever the two are compared, or the ratio is not 1 where policy and sampler are the same.
+    With a value_head (C -> 1) the result is (logps, mask, values): values (B, N) are read from the same
+    hidden states as the log-probabilities, those of the text *before* each token.
     """
-    device = model.wte.weight.device
+    ids, source, mask = pad_right(prompts, completions, model.wte.weight.device)
+    hidden = model.hidden(ids[:, :-1])[source[:, :-1]]  # (M, C), M completion tokens in all
+    targets = ids[:, 1:][source[:, :-1]]  # (M,)
+    # In float32: bfloat16 has eight bits of precision, and a log-probability errs by .05 in it.
+    logits = model.head(hidden).float() / temperature  # (M, V): only where it is needed
+    token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
+    # Assignment, not multiplication by the mask: -inf * 0 is NaN.
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logps = zeros.masked_scatter(mask, token_logps)
+    if value_head is None:
+        return logps, mask
+    return logps, mask, zeros.masked_scatter(mask, value_head(hidden.float())[:, 0])
+
+
+def completion_scores(scorer, prompts, completions):
+    """Scores of every state that an answer goes through: before its first token, after it, and so on.
+
+    Returns (scores, mask), both (B, N+1): column t is the score of prompt and first t tokens, so
+    column len(completion) is that of the whole answer, its end token included. 0 where mask is False.
+    """
+    ids, source, mask = pad_right(prompts, completions, scorer.score.weight.device)
+    # `source` ends one before the last token; one more position, the last token itself.
+    states = source | torch.roll(source, 1, dims=1)
+    mask = F.pad(mask, (1, 0), value=True)  # (B, N+1)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scorer(ids)[states]), mask
+
+
+def final_scores(scorer, prompts, completions, batch=250):
+    """Scores (B,) of complete answers, read at their last token (the end token, where there is one)."""
+    found = []
+    for i in range(0, len(prompts), batch):
+        scores, mask = completion_scores(scorer, prompts[i : i + batch], completions[i : i + batch])
+        found.append(scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0])
+    return torch.cat(found)
+
+
+def pad_right(prompts, completions, device):
+    """Ids (B, T) of prompts and completions; where completion tokens are predicted, (B, T) bool; and which
+    of the (B, N) completion tokens there are."""
     B, N = len(prompts), max(map(len, completions))
     length = max(len(p) + len(c) for p, c in zip(prompts, completions))
     # Padding on the right: under the causal mask real tokens never see it, so its id is free.
     ids = torch.zeros(B, length, dtype=torch.long)
-    source = torch.zeros(B, length, dtype=torch.bool)  # positions that predict a completion token
+    source = torch.zeros(B, length, dtype=torch.bool)
     mask = torch.zeros(B, N, dtype=torch.bool)
     for row, (p, c) in enumerate(zip(prompts, completions)):
         ids[row, : len(p) + len(c)] = torch.tensor(p + c)
@@ -428,14 +491,7 @@ def completion_logps(model, prompts, completions, temperature=1.0):
         # of the answer. This is the only shift; a second one would score the wrong tokens.
         source[row, len(p) - 1 : len(p) + len(c) - 1] = True
         mask[row, : len(c)] = True
-    ids, source, mask = ids.to(device), source.to(device), mask.to(device)
-    hidden = model.hidden(ids[:, :-1])[source[:, :-1]]  # (M, C), M completion tokens in all
-    targets = ids[:, 1:][source[:, :-1]]  # (M,)
-    # In float32: bfloat16 has eight bits of precision, and a log-probability errs by .05 in it.
-    logits = model.head(hidden).float() / temperature  # (M, V): only where it is needed
-    token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
-    # Assignment, not multiplication by the mask: -inf * 0 is NaN.
-    return torch.zeros(B, N, device=device).masked_scatter(mask, token_logps), mask
+    return ids.to(device), source.to(device), mask.to(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -455,7 +511,9 @@ def write_atomically(path, write):
 
 
 def save_model(model, folder):
-    """Write folder/model.safetensors and folder/config.json; `transformers` opens the folder."""
+    """Write folder/model.safetensors and folder/config.json; `transformers` opens the folder, as
+    GPT2LMHeadModel or, where it is a Scorer, as GPT2ForSequenceClassification."""
+    scorer, model = (model, model.transformer) if isinstance(model, Scorer) else (None, model)
     c = model.config
     config = {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
@@ -468,6 +526,10 @@ def save_model(model, folder):
         "transformer." + name: (w.t() if name.endswith(TRANSPOSED) else w).detach().contiguous()
         for name, w in model.state_dict().items()
     }
+    if scorer:
+        config |= {"architectures": ["GPT2ForSequenceClassification"], "num_labels": 1,
+                   "score_mean": scorer.mean, "score_std": scorer.std}  # fmt: skip
+        weights["score.weight"] = scorer.score.weight.detach()
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2)
     write_atomically(folder / "config.json", lambda path: path.write_text(text))
@@ -524,6 +586,19 @@ def load_model(where, device="cpu", bfloat16=False):
         config.vocab_size += len(extra)
     model.bfloat16 = bfloat16
     return model.to(device)
+
+
+def load_scorer(where, device="cpu", bfloat16=False):
+    """A reward model or verifier from the folder of a run or of a model. Exits where it is none."""
+    scorer = Scorer(load_model(where, device, bfloat16)).to(device)
+    folder = Path(where) / "model" if (Path(where) / "report.json").is_file() else Path(where)
+    weights, config = (folder / name for name in ("model.safetensors", "config.json"))
+    if not weights.is_file() or "score.weight" not in (tensors := load_file(weights)):
+        sys.exit(f"{where} is a language model: it has no score. Make a reward model with reward_model.py")
+    scorer.load_state_dict({"score.weight": tensors["score.weight"]}, strict=False)
+    config = json.loads(config.read_text())
+    scorer.mean, scorer.std = config.get("score_mean", 0.0), config.get("score_std", 1.0)
+    return scorer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -586,9 +661,9 @@ def parse(script, parser, argv, breaks=None):
     for name, value in vars(args).items():
         if type(value) is int and value < 1 and name not in ("seed", "top_k"):
             parser.error(f"--{name} must be at least 1, not {value}")
-        if name in ("lr", "beta", "top_p") and value is not None and value <= 0:
+        if name in ("lr", "top_p") and value is not None and value <= 0:
             parser.error(f"--{name} must be above 0, not {value}")
-        if name in ("nll", "noise", "temperature", "top_k") and value < 0:
+        if name in ("nll", "noise", "temperature", "top_k", "beta") and (value or 0) < 0:
             parser.error(f"--{name} must not be negative, it is {value}")
         if name == "noise" and value >= 0.5:
             parser.error(f"--noise {value}: labels that are wrong half of the time say nothing")
@@ -740,6 +815,20 @@ class Run:
         for prompt, output in pairs[:show]:
             tqdm.write(f"    {prompt}\n    -> " + output.replace("\n", "\n       "))
 
+    def beside(self, steps):
+        """Append to samples.md the outputs of several evaluations, prompt by prompt: {name: step}."""
+        path = self.folder / "samples.md"
+        text, found = path.read_text(), {}
+        for name, step in steps.items():
+            section = text.split(f"## Step {step}\n")[1].split("## ")[0]
+            blocks = re.findall(r"\*\*(.*?)\*\*\n\n```\n(.*?)\n```", section, re.DOTALL)
+            for prompt, output in blocks:
+                found.setdefault(prompt, []).append(f"{name}, step {step}:\n{output}")
+        with open(path, "a") as file:
+            file.write("## Beside each other\n\n")
+            for prompt, outputs in found.items():
+                file.write(f"**{prompt}**\n\n```\n" + "\n\n".join(outputs) + "\n```\n\n")
+
     def finish(self, model, **results):
         """Save the model, then the report: its existence says that the run is complete."""
         save_model(model, self.folder / "model")
@@ -857,7 +946,8 @@ def break_report(clean, broken, dashboard, outside, claims, cure, figure):
 
     dashboard, outside: {label: key in both reports}: what the training shows, what only an evaluation
     from outside shows. claims: [(sentence, bool)], the documented signature. figure: two panels
-    (title, y label, metric in metrics.jsonl, or a tuple of results). Returns the broken run's report.
+    (title, y label, metric in metrics.jsonl, or a tuple of results), or a function (path, runs) that draws
+    its own. Returns the broken run's report.
     """
     name, C, B = broken.label, clean.report, broken.report
     lines = [f"{'':38}{'clean':>12}{name:>26}"]
@@ -875,7 +965,10 @@ def break_report(clean, broken, dashboard, outside, claims, cure, figure):
     verdict = "reproduced" if not failed else "NOT reproduced: " + "; ".join(failed)
     print(f"\nThe documented signature of {name}: {verdict}.\nThe cure to try:  {cure}")
 
-    draw(broken.folder / "figure.png", [clean, broken], figure)
+    if callable(figure):
+        figure(broken.folder / "figure.png", [clean, broken])
+    else:
+        draw(broken.folder / "figure.png", [clean, broken], figure)
     print(f"Figure: {broken.folder / 'figure.png'}   outputs: {broken.folder / 'samples.md'}")
     B |= {"reproduced": not failed, "claims": {s: bool(h) for s, h in claims}}
     text = json.dumps(B, indent=2)
@@ -884,26 +977,27 @@ def break_report(clean, broken, dashboard, outside, claims, cure, figure):
 
 
 def draw(path, runs, panels):
-    """One row of panels, every run in each. panels: [(title, y label, metric), ...]."""
+    """One row of panels, every run in each. panels: [(title, y label, metric[, metric on the x axis])]."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws into a file: works without a screen
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
-    for ax, (title, ylabel, metric) in zip(axes, panels):
+    for ax, (title, ylabel, metric, *x) in zip(axes, panels):
+        x = x[0] if x else "step"
         for run, color, style in zip(runs, ("tab:blue", "tab:red"), ("-", "--")):
             if isinstance(metric, tuple):  # several results of the report, instead of one over time
                 report = run.report
                 ax.plot(metric, [report[key] for key in metric], "o" + style, color=color, label=run.label)
                 continue
-            steps, values = zip(*((m["step"], m[metric]) for m in run.metrics if metric in m))
+            steps, values = zip(*((m[x], m[metric]) for m in run.metrics if metric in m))
             if len(values) > 60:  # a running mean, or the noise of single batches hides the line
                 width = len(values) // 30
                 windows = (values[max(0, i - width) : i + 1] for i in range(len(values)))
                 values = [sum(window) / len(window) for window in windows]
             ax.plot(steps, values, style, color=color, label=run.label, linewidth=2)
-        ax.set(title=title, ylabel=ylabel, xlabel="" if isinstance(metric, tuple) else "step")
+        ax.set(title=title, ylabel=ylabel, xlabel="" if isinstance(metric, tuple) else x)
         ax.grid(alpha=0.3)
     axes[0].legend()
     fig.savefig(path, dpi=110)
