@@ -329,7 +329,7 @@ def parser():
         "longer run begins as the shorter one does (breaks: 250, both runs)")
     add("--prompts", type=int, default=32, help="prompts a step, one answer each")
     add("--minibatch", type=int, default=16, help="answers an update")
-    add("--epochs", type=int, default=2, help="passes over each batch of rollouts (4 are usual: twice the time)")
+    add("--epochs", type=int, default=2, help="passes over each batch of rollouts (4 are usual, and slow)")
     add("--lr", type=float, default=2e-5, help="so small that the peak can be seen: see README")
     add("--beta", type=float, default=0.05, help="weight of the KL penalty, 0 for none")
     add("--target_kl", type=float, default=0.0, help="adapt beta to stay this far from the reference, in\n"
