@@ -1,6 +1,6 @@
 """Reward model: how do verdicts about pairs become a number that can be chased?
 
-    python reward_model.py                            from the SFT model and 4000 judged pairs
+    python reward_model.py                            from the SFT model and 12000 judged pairs
     python reward_model.py --break length_bias        annotators who like the longer answer
     python reward_model.py --break distribution_shift     right on the pairs, wrong on who chases the score
     python reward_model.py --break sycophancy         annotators who like to be agreed with
@@ -185,8 +185,8 @@ def train(args):
     run = gpt.Run(args)
 
     # ---- the verdicts
-    batch = args.batch or (8 if args.data else 32)
-    lr = args.lr or (3e-4 if sft.config.n_embd < 512 else 1e-5)
+    batch = args.batch or (8 if args.data else 16)
+    lr = args.lr or (1e-3 if sft.config.n_embd < 512 else 1e-5)
     room = min(args.max_tokens, sft.config.block_size)
     if args.data:
         pairs, counts = public.clean_pairs(public.load_or_exit(args.data), tok.encode, room)
@@ -203,7 +203,7 @@ def train(args):
         if args.break_ == "length_bias":
             annotator = "length"  # a crowd paid by the hour, a guideline that says "be thorough"
         pairs = task.preference_pairs(args.pairs, args.seed, annotator=annotator)
-        held_out = task.preference_pairs(500, args.seed, "test", annotator=annotator)
+        held_out = task.preference_pairs(1000, args.seed, "test", annotator=annotator)
         problems = task.problems(args.problems, args.seed, "test")
         if args.policy:
             # The cure for a shift of distribution: half of the verdicts are about the policy's own answers.
@@ -218,7 +218,8 @@ def train(args):
         return tok.prompt(p["prompt"]), tok.answer(p["chosen"]), tok.answer(p["rejected"])
 
     encoded, held_encoded = [encode(p) for p in pairs], [encode(p) for p in held_out]
-    steps = args.steps or (3 * len(pairs) // batch if not args.data else len(pairs) // batch)
+    # Once through the pairs: the second time, a model of this size remembers verdicts instead of reasons.
+    steps = args.steps or max(1, len(pairs) // batch)
     if len(pairs) < batch:
         raise SystemExit(f"{len(pairs)} pairs are left to train on, too few for --batch {batch}")
     # Answers of the SFT model, the same ones at every evaluation: what the score will be used on.
@@ -299,13 +300,13 @@ def parser():
     add("--base", help="what sft.py starts from, where it has to run first (its --load)")
     add("--annotator", default="careful", choices=list(task.TASTES), help="who judges the embedded pairs")
     add("--policy", help="half of the pairs from samples of this checkpoint, judged by the exact checker")
-    add("--pairs", type=int, default=4000, help="pairs of the embedded task")
-    add("--steps", type=int, help="updates (default: three epochs; with --data one)")
-    add("--batch", type=int, help="pairs a step (default 32; with --data 8)")
-    add("--lr", type=float, help="(default 3e-4; GPT-2 and larger 1e-5)")
+    add("--pairs", type=int, default=12000, help="pairs of the embedded task, each seen once")
+    add("--steps", type=int, help="updates (default: once through the pairs)")
+    add("--batch", type=int, help="pairs a step (default 16; with --data 8)")
+    add("--lr", type=float, help="(default 1e-3; GPT-2 and larger 1e-5)")
     add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut")
     add("--problems", type=int, default=500, help="held-out problems whose answers are scored")
-    add("--eval_every", type=int, default=125, help="steps between evaluations")
+    add("--eval_every", type=int, default=250, help="steps between evaluations")
     return p
 # fmt: on
 
