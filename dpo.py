@@ -137,10 +137,12 @@ BETA = dict.fromkeys(("dpo", "cdpo", "robust", "kto", "orpo"), 0.5) | {"ipo": 0.
 def pair_logps(model, prompts, chosen, rejected):
     """Summed log-probabilities (2B,) of chosen, then rejected, and their lengths in tokens (2B,).
 
-    One forward pass for both sides: they share the padding, the kernels and the rounding.
+    One forward pass for both sides, which stand side by side in it: their prompt is computed once.
     """
-    logps, mask = gpt.completion_logps(model, prompts + prompts, chosen + rejected)
-    return logps.sum(1), mask.sum(1)
+    both = [side for pair in zip(chosen, rejected) for side in pair]
+    logps, mask = gpt.completion_logps(model, [p for p in prompts for _ in range(2)], both)
+    # (2B, N): chosen, rejected, chosen, ... -> (2B,): all chosen, then all rejected
+    return tuple(x.sum(1).view(-1, 2).t().flatten() for x in (logps, mask))
 
 
 def slip_once(text, rng):

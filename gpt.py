@@ -89,6 +89,7 @@ class Cache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows):
+        """Go on with these rows: a mask that drops some, or indices that repeat some."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -155,22 +156,25 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def hidden(self, ids, valid=None, cache=None):
+    def hidden(self, ids, valid=None, cache=None, positions=None, mask=None):
         """Final hidden states (B, T, C) of token ids (B, T).
 
         valid: (B, S) bool, False at padding; needed only when padding stands on the *left* (pads on the
         right are never seen by real tokens: they lie in the future). With a cache, S counts the
-        cached tokens too. Raises ValueError when S exceeds the context.
+        cached tokens too. positions (B, T) and mask (B, 1, T, S), True where a query may look, come
+        together, for rows that are not plain sequences (see pack). Raises ValueError when the
+        context is exceeded.
         """
         B, T = ids.shape
         past = cache.length if cache is not None else 0
         S = past + T
-        if S > self.config.block_size:
+        longest = S if positions is None else int(positions.max()) + 1
+        if longest > self.config.block_size:
             # With absolute positions a full cache cannot slide: every cached key holds its position.
-            raise ValueError(f"{S} tokens do not fit the context of {self.config.block_size}")
-        if valid is None and past == 0:
-            mask, positions = None, torch.arange(T, device=ids.device)
-        else:
+            raise ValueError(f"{longest} tokens do not fit the context of {self.config.block_size}")
+        if positions is None and valid is None and past == 0:
+            positions = torch.arange(T, device=ids.device)
+        elif positions is None:
             if valid is None:
                 valid = torch.ones(B, S, dtype=torch.bool, device=ids.device)
             # Position = number of real tokens before this one. Counting pads would shift a padded
@@ -202,8 +206,8 @@ class GPT(nn.Module):
 class Scorer(nn.Module):
     """A transformer that gives a number where a language model gives a token: reward model, verifier.
 
-    The output layer is one dot product, (B, T, C) -> (B, T). The scale of what it learns is arbitrary, so
-    scores are reported as (raw - mean) / std, with mean and std set once, after training.
+    The output layer is one dot product with a final hidden state. The scale of what it learns is
+    arbitrary, so scores are reported as (raw - mean) / std, with mean and std set once, after training.
     """
 
     def __init__(self, transformer):
@@ -214,8 +218,8 @@ class Scorer(nn.Module):
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(transformer.config.n_embd + 1))
         self.mean, self.std = 0.0, 1.0
 
-    def forward(self, ids):
-        raw = self.score(self.transformer.hidden(ids).float())[:, :, 0]  # (B, T), float32
+    def forward(self, hidden):
+        raw = self.score(hidden.float())[..., 0]  # (..., C) -> (...), float32
         return (raw - self.mean) / self.std
 
 
@@ -330,15 +334,19 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
         raise ValueError(
             f"a prompt of {P} tokens and {N} new ones do not fit the context of {model.config.block_size}"
         )
+    # Many answers to one question: it is read once, and what was read is copied.
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: row for row, prompt in enumerate(different)}
+    copies = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)  # (B,)
     # Pad on the left: all rows then end at the same column, where the next token goes.
-    ids = torch.zeros(B, P, dtype=torch.long)
-    valid = torch.zeros(B, P + N, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
+    ids = torch.zeros(len(different), P, dtype=torch.long)
+    valid = torch.zeros(len(different), P + N, dtype=torch.bool)
+    for row, prompt in enumerate(different):
         ids[row, P - len(prompt) :] = torch.tensor(prompt)
         valid[row, P - len(prompt) :] = True
     ids, valid = ids.to(device), valid.to(device)
     dtype = torch.bfloat16 if model.bfloat16 else torch.float32
-    cache = Cache(model.config, B, P + N, device, dtype)
+    cache = Cache(model.config, len(different), P + N, device, dtype)
     stop = torch.tensor(list(stop), device=device)
 
     tokens = torch.full((B, N), -1, device=device)  # (B, N); -1 after the end
@@ -350,6 +358,8 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
         hidden = model.hidden(ids, valid[:, :P], cache)[:, -1]  # (B, C)
         if not torch.isfinite(hidden).all():
             sys.exit("The model's outputs are not finite: its training blew up. Try a smaller --lr.")
+        cache.keep(copies)
+        hidden, valid = hidden[copies], valid[copies]
         for t in range(N):
             logits = model.head(hidden).float()  # (b, V)
             if temperature == 0:
@@ -440,9 +450,12 @@ def completion_logps(model, prompts, completions, temperature=1.0, value_head=No
     With a value_head (C -> 1) the result is (logps, mask, values): values (B, N) are read from the same
     hidden states as the log-probabilities, those of the text *before* each token.
     """
-    ids, source, mask = pad_right(prompts, completions, model.wte.weight.device)
-    hidden = model.hidden(ids[:, :-1])[source[:, :-1]]  # (M, C), M completion tokens in all
-    targets = ids[:, 1:][source[:, :-1]]  # (M,)
+    ids, positions, sees, states, mask = pack(prompts, completions, model.wte.weight.device)
+    hidden = model.hidden(ids, positions=positions, mask=sees)
+    # The token at position t is predicted at t-1, the first of the answer by the last of the prompt. This
+    # is the only shift; a second one would score the wrong tokens.
+    hidden = hidden.flatten(0, 1)[states[:, :-1][mask]]  # (M, C), M completion tokens in all
+    targets = ids.flatten()[states[:, 1:][mask]]  # (M,)
     # In float32: bfloat16 has eight bits of precision, and a log-probability errs by .05 in it.
     logits = model.head(hidden).float() / temperature  # (M, V): only where it is needed
     token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
@@ -460,11 +473,11 @@ def completion_scores(scorer, prompts, completions):
     Returns (scores, mask), both (B, N+1): column t is the score of prompt and first t tokens, so
     column len(completion) is that of the whole answer, its end token included. 0 where mask is False.
     """
-    ids, source, mask = pad_right(prompts, completions, scorer.score.weight.device)
-    # `source` ends one before the last token; one more position, the last token itself.
-    states = source | torch.roll(source, 1, dims=1)
-    mask = F.pad(mask, (1, 0), value=True)  # (B, N+1)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scorer(ids)[states]), mask
+    ids, positions, sees, states, mask = pack(prompts, completions, scorer.score.weight.device)
+    hidden = scorer.transformer.hidden(ids, positions=positions, mask=sees).flatten(0, 1)
+    mask = F.pad(mask, (1, 0), value=True)  # (B, N+1): the state before the first token exists as well
+    scores = scorer(hidden[states[mask]])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores), mask
 
 
 def final_scores(scorer, prompts, completions, batch=250):
@@ -476,22 +489,46 @@ def final_scores(scorer, prompts, completions, batch=250):
     return torch.cat(found)
 
 
-def pad_right(prompts, completions, device):
-    """Ids (B, T) of prompts and completions; where completion tokens are predicted, (B, T) bool; and which
-    of the (B, N) completion tokens there are."""
+def pack(prompts, completions, device):
+    """Rows for one forward pass. Neighbours with the same prompt share a row; it is computed once:
+
+        ids        p p p a a a b b      two answers, a and b, to the prompt p
+        positions  0 1 2 3 4 5 3 4      each answer stands right behind the prompt,
+        segments   0 0 0 1 1 1 2 2      and sees the prompt (segment 0) and itself, not its neighbour
+
+    Returns ids and positions (R, L), mask (R, 1, L, L) or None where all rows are plain sequences, then for
+    the B completions: states (B, N+1), where in ids.flatten() the text ends that has t answer tokens,
+    and exists (B, N), which of the tokens there are.
+    """
     B, N = len(prompts), max(map(len, completions))
-    length = max(len(p) + len(c) for p, c in zip(prompts, completions))
-    # Padding on the right: under the causal mask real tokens never see it, so its id is free.
-    ids = torch.zeros(B, length, dtype=torch.long)
-    source = torch.zeros(B, length, dtype=torch.bool)
-    mask = torch.zeros(B, N, dtype=torch.bool)
-    for row, (p, c) in enumerate(zip(prompts, completions)):
-        ids[row, : len(p) + len(c)] = torch.tensor(p + c)
-        # The token at position t is predicted at t-1: the last prompt token predicts the first
-        # of the answer. This is the only shift; a second one would score the wrong tokens.
-        source[row, len(p) - 1 : len(p) + len(c) - 1] = True
-        mask[row, : len(c)] = True
-    return ids.to(device), source.to(device), mask.to(device)
+    rows, last = [], None  # of (ids, positions, segments)
+    starts = []  # of each completion: its row, the place of its first token
+    for prompt, completion in zip(prompts, completions):
+        # At most eight a row: attention costs the square of a row's length.
+        if prompt != last or rows[-1][2][-1] == 8:
+            last = prompt
+            rows.append((list(prompt), list(range(len(prompt))), [0] * len(prompt)))
+        ids, positions, segments = rows[-1]
+        starts.append((len(rows) - 1, len(ids)))
+        segments.extend([segments[-1] + 1] * len(completion))
+        positions.extend(range(len(prompt), len(prompt) + len(completion)))
+        ids.extend(completion)
+    L = max(len(ids) for ids, _, _ in rows)
+    # Padding on the right: in the future of all real tokens, so its id and position are free.
+    ids, positions, segments = (
+        torch.tensor([row[i] + [0] * (L - len(row[i])) for row in rows], device=device) for i in range(3)
+    )
+    states = torch.zeros(B, N + 1, dtype=torch.long)
+    exists = torch.zeros(B, N, dtype=torch.bool)
+    for b, ((row, start), prompt, completion) in enumerate(zip(starts, prompts, completions)):
+        states[b] = row * L + torch.arange(start - 1, start + N)
+        states[b, 0] = row * L + len(prompt) - 1  # nothing answered yet: the end of the prompt
+        exists[b, : len(completion)] = True
+    mask = None
+    if len(rows) < B:
+        mask = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (R, L, L)
+        mask = mask.tril()[:, None]  # (R, 1, L, L): and nobody sees the future
+    return ids, positions, mask, states.to(device), exists.to(device)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def parser():
     add("--prompts", type=int, default=8, help="prompts a step")
     add("--group", type=int, default=8, help="answers a prompt: the baseline is their mean")
     add("--epochs", type=int, default=1, help="updates on each batch of rollouts")
-    add("--lr", type=float, default=2e-5, help="so small that the peak can be seen: see README")
+    add("--lr", type=float, default=3e-5, help="so small that the peak can be seen: see README")
     add("--beta", type=float, default=0.05, help="weight of the KL penalty, 0 for none")
     add("--clip", type=float, default=0.2, help="how far the ratio may leave 1")
     add("--clip_high", type=float, help="... upwards (DAPO: 0.28; default: as --clip)")

@@ -230,8 +230,8 @@ def train(args):
     beta = 0.0 if args.break_ == "no_kl" else args.beta
     agent.register_buffer("beta", torch.tensor(beta, device=args.device))
     run = gpt.Run(args)
-    B, longest = args.prompts, args.max_tokens
-    problems = task.problems(args.max_steps * B, args.seed, "train")
+    P, B, longest = args.prompts, args.prompts * args.answers, args.max_tokens
+    problems = task.problems(args.max_steps * P, args.seed, "train")
     held_out = task.problems(args.problems, args.seed, "test")
 
     # ---- the loop
@@ -246,8 +246,8 @@ def train(args):
             run.samples(step, [(p.text, text) for p, text in zip(held_out, shown)])
         if step == args.max_steps:
             break
-        # ---- rollouts: one answer to each of B prompts
-        batch = problems[step * B : (step + 1) * B]
+        # ---- rollouts: some answers to each of P prompts, B in all
+        batch = [p for p in problems[step * P : (step + 1) * P] for _ in range(args.answers)]
         questions, golds = [p.text for p in batch], [p.answer for p in batch]
         generator = gpt.rng(args.seed, "rollouts", step)
         answers = gpt.solve(policy, tok, questions, golds, args.temperature, generator, longest, batch=B)
@@ -273,6 +273,7 @@ def train(args):
         for epoch in range(args.epochs):
             order = torch.randperm(B, generator=gpt.rng(args.seed, "minibatches", step, epoch))
             for rows in order.split(args.minibatch):
+                rows = rows.sort().values  # answers to the same prompt side by side: it is computed once
                 few = [prompts[i] for i in rows], [completions[i] for i in rows]
                 logps, m, values = gpt.completion_logps(policy, *few, args.temperature, agent.value)
                 # The longest answer of the minibatch may be shorter than that of the batch: cut the columns.
@@ -327,10 +328,12 @@ def parser():
     add("--rm", help="the reward model's folder (default: what reward_model.py makes)")
     add("--max_steps", type=int, default=10, help="batches of rollouts; constant step size, so that a\n"
         "longer run begins as the shorter one does (breaks: 250, both runs)")
-    add("--prompts", type=int, default=32, help="prompts a step, one answer each")
+    add("--prompts", type=int, default=8, help="prompts a step")
+    add("--answers", type=int, default=4, help="answers a prompt: PPO needs only one, but the prompt's\n"
+        "share of the computation is paid once")
     add("--minibatch", type=int, default=16, help="answers an update")
     add("--epochs", type=int, default=2, help="passes over each batch of rollouts (4 are usual, and slow)")
-    add("--lr", type=float, default=2e-5, help="so small that the peak can be seen: see README")
+    add("--lr", type=float, default=3e-5, help="so small that the peak can be seen: see README")
     add("--beta", type=float, default=0.05, help="weight of the KL penalty, 0 for none")
     add("--target_kl", type=float, default=0.0, help="adapt beta to stay this far from the reference, in\n"
         "nats an answer (0: beta stays as it is)")

@@ -105,11 +105,17 @@ def policy_pairs(policy, tok, problems, seed, samples=8):
 # What held-out accuracy does not say
 
 
+def pair_scores(scorer, prompts, chosen, rejected):
+    """Scores of both sides, (B,) each, from one forward pass in which the two stand side by side."""
+    both = [side for pair in zip(chosen, rejected) for side in pair]
+    return gpt.final_scores(scorer, [p for p in prompts for _ in range(2)], both).view(-1, 2).unbind(1)
+
+
 @torch.no_grad()
 def pair_margins(scorer, encoded):
     """r(chosen) - r(rejected) of every pair (prompt ids, chosen ids, rejected ids), (N,)."""
-    prompts, chosen, rejected = map(list, zip(*encoded))
-    return gpt.final_scores(scorer, prompts, chosen) - gpt.final_scores(scorer, prompts, rejected)
+    chosen, rejected = pair_scores(scorer, *map(list, zip(*encoded)))
+    return chosen - rejected
 
 
 def accuracy(margins):
@@ -257,8 +263,7 @@ def train(args):
         prompts, chosen, rejected = map(
             list, zip(*(encoded[i] for i in gpt.batch_indices(len(encoded), batch, step, args.seed)))
         )
-        # One forward pass for both sides: (2B,) -> (B,), (B,)
-        c, r = gpt.final_scores(scorer, prompts + prompts, chosen + rejected).split(batch)
+        c, r = pair_scores(scorer, prompts, chosen, rejected)  # (B,) each
         loss = bradley_terry_loss(c, r)
         optimizer.zero_grad()
         loss.backward()

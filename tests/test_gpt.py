@@ -336,7 +336,7 @@ class Constant:
         self.logits = torch.tensor(logits)
         self.wte = torch.nn.Embedding(len(logits), 1)
 
-    def hidden(self, ids):
+    def hidden(self, ids, **_):
         return self.logits.expand(*ids.shape, -1)
 
     def head(self, hidden):
@@ -739,3 +739,51 @@ def test_draw_tokens_at_the_edges(monkeypatch):
     for u, token in ((0.0, 1), (1 - 2**-53, 2)):
         monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: torch.tensor([[u]], dtype=torch.float64))
         assert gpt.draw_tokens(probs).item() == token
+
+
+def test_packed_answers_equal_answers_alone():
+    """Neighbours with equal prompts share a row. Nothing may leak from one answer into the next, also
+    not in the gradient, and a prompt that comes back later starts anew."""
+    torch.manual_seed(0)
+    config = gpt.GPTConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16)
+    model, draw = gpt.GPT(config), random.Random(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+
+    def ids(n):
+        return [draw.randrange(50) for _ in range(n)]
+
+    one, two, three = ids(5), ids(9), ids(1)
+    prompts = [one] * 11 + [two] * 3 + [one] + [three] * 2
+    completions = [ids(draw.randrange(1, 13)) for _ in prompts]
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    together, mask = gpt.completion_logps(model, prompts, completions)
+    alone = [gpt.completion_logps(model, [p], [c])[0][0] for p, c in zip(prompts, completions)]
+    assert mask.sum(1).tolist() == [len(c) for c in completions]
+    for row, exists, expected in zip(together, mask, alone):
+        assert torch.allclose(row[exists], expected, atol=1e-5)
+    weights = torch.arange(len(alone)) + 1.0
+    found = gradients((together.sum(1) * weights).sum())
+    expected = gradients(sum(w * logps.sum() for w, logps in zip(weights, alone)))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_pack_by_hand():
+    ids, positions, mask, states, exists = gpt.pack([[7, 8], [7, 8], [9]], [[1], [2, 3], [4]], "cpu")
+    assert ids.tolist() == [[7, 8, 1, 2, 3], [9, 4, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],  # the second answer sees the prompt, not the first answer
+        [1, 1, 0, 1, 1],
+    ]
+    assert states[exists.new_tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0]])].tolist() == [1, 2, 1, 3, 4, 5, 6]
+    assert exists.tolist() == [[True, False], [True, True], [True, False]]
+    assert gpt.pack([[7], [8]], [[1], [2]], "cpu")[2] is None  # plain rows take the fast path
