@@ -326,7 +326,8 @@ def parser():
     add("--group", type=int, default=8, help="answers a prompt: the baseline is their mean")
     add("--epochs", type=int, default=1, help="updates on each batch of rollouts")
     add("--lr", type=float, default=3e-5, help="so small that the peak can be seen: see README")
-    add("--beta", type=float, default=0.05, help="weight of the KL penalty, 0 for none")
+    add("--beta", type=float, default=0.3, help="weight of the KL penalty, 0 for none. Large models take\n"
+        "0 to 0.04; steps as large as these need a stronger leash")
     add("--clip", type=float, default=0.2, help="how far the ratio may leave 1")
     add("--clip_high", type=float, help="... upwards (DAPO: 0.28; default: as --clip)")
     add("--temperature", type=float, default=1.0, help="of sampling *and* of scoring")
@@ -339,6 +340,8 @@ def parser():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = gpt.parse("grpo", parser(), argv, BREAKS)
+    if args.group < 2:
+        raise SystemExit("--group must be at least 2: the baseline of an answer is the mean of its group")
     if args.break_ is None:
         gpt.run_once(train, args, reuse=args.resume)
         return
@@ -405,7 +408,7 @@ def main(argv=None):
                 B["end_gold"] < C["end_gold"] - 0.1,
             ),
         ]
-        cure = "python grpo.py --beta 0.2   (and stop early: the leash slows the walk, see README)"
+        cure = "python grpo.py   (and stop early: the leash slows the walk, see README)"
     gpt.break_report(clean, broken, dashboard, outside, claims, cure, panels)
 
 

@@ -235,7 +235,9 @@ def train(args):
     held_out = task.problems(args.problems, args.seed, "test")
 
     # ---- the loop
-    optimizer = gpt.make_optimizer(agent, args.lr)
+    optimizer = gpt.make_optimizer(policy, args.lr)
+    # The value head is new: it has everything to learn, and may take larger steps than the policy.
+    optimizer.add_param_group({"params": list(agent.value.parameters()), "lr": 1e-3})
     show = ("reward", "gold", "kl", "length")  # of the batch; the held-out problems are in "test_gold" & co.
     for step in run.steps(args.max_steps, agent, optimizer, save_every=25, show=show):
         # Often at first, where things happen fast.
@@ -334,7 +336,7 @@ def parser():
     add("--minibatch", type=int, default=16, help="answers an update")
     add("--epochs", type=int, default=2, help="passes over each batch of rollouts (4 are usual, and slow)")
     add("--lr", type=float, default=3e-5, help="so small that the peak can be seen: see README")
-    add("--beta", type=float, default=0.05, help="weight of the KL penalty, 0 for none")
+    add("--beta", type=float, default=0.1, help="weight of the KL penalty, 0 for none")
     add("--target_kl", type=float, default=0.0, help="adapt beta to stay this far from the reference, in\n"
         "nats an answer (0: beta stays as it is)")
     add("--clip", type=float, default=0.2, help="how far ratio and value may leave their old place")
@@ -401,7 +403,7 @@ def main(argv=None):
                 B["end_gold"] < C["end_gold"] - 0.1,
             ),
         ]
-        cure = "python ppo.py --beta 0.2   (and stop early: the leash slows the walk, see README)"
+        cure = "python ppo.py   (and stop early: the leash slows the walk, see README)"
     else:
         claims = [
             (

@@ -2,7 +2,7 @@
 
     python tests/budget.py --seeds 101 102 103
 
-3200 prompts each: DPO reads one judged pair a prompt, PPO writes four answers a prompt, GRPO eight. Everything
+3200 prompts each: DPO reads one judged pair a prompt, PPO writes four answers, GRPO eight. Everything
 else is each script's default. Runs are kept under runs/ in the current folder. Seconds are comparable
 only if nothing else ran meanwhile.
 """

@@ -1,6 +1,6 @@
 """Does the KL penalty move the frontier, or only slow the walk? GRPO with four strengths of it.
 
-    python tests/frontier.py --seeds 101 102 103 --max_steps 400
+    python tests/frontier.py --seeds 101 102 103 --max_steps 250
 
 Draws data/figures/frontier.png: right answers against steps, and against the distance sqrt(KL) from the SFT
 model, one line a beta (mean over the seeds on the left, every evaluation of every seed on the right).
@@ -26,7 +26,7 @@ EDGES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # of the bins of sqrt(KL)
 def evaluations(beta, seed, steps):
     """The evaluations of one run; trains it where it is not on disk."""
     folder = Path("runs") / (
-        f"grpo-max_steps={steps}" + f"-beta={beta}".replace(".", "_") * (beta != "0.05") + f"-seed={seed}"
+        f"grpo-max_steps={steps}" + f"-beta={beta}".replace(".", "_") * (beta != "0.3") + f"-seed={seed}"
     )
     if not (folder / "report.json").is_file():
         command = [sys.executable, REPO / "grpo.py", "--max_steps", str(steps), "--beta", beta]
@@ -42,8 +42,8 @@ def mean(values):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    parser.add_argument("--betas", nargs="+", default=["0.0", "0.01", "0.05", "0.2"])
-    parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--betas", nargs="+", default=["0.0", "0.1", "0.3", "1.0"])
+    parser.add_argument("--max_steps", type=int, default=250)
     args = parser.parse_args()
     runs = {beta: [evaluations(beta, seed, args.max_steps) for seed in args.seeds] for beta in args.betas}
 
