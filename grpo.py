@@ -37,6 +37,7 @@ answers by the exact checker, which the training never sees.
 """
 
 import argparse
+import functools
 import sys
 
 import torch
@@ -138,7 +139,7 @@ def my_reward(problems, answers):
 
 
 @torch.no_grad()
-def evaluate(policy, ref, scorer, tok, problems, seed, step):
+def evaluate(policy, ref, reward, tok, problems, seed, step):
     """Gold accuracy, reward and KL of the policy on the same sampled answers. Returns (results, answers).
 
     gold_a and gold_b are the two halves of the problems: a peak that is chosen on one half and
@@ -152,10 +153,10 @@ def evaluate(policy, ref, scorer, tok, problems, seed, step):
         some = prompts[i : i + 250], completions[i : i + 250]
         kl += (gpt.completion_logps(policy, *some)[0] - gpt.completion_logps(ref, *some)[0]).sum().item()
     right = torch.tensor([float(a.right) for a in answers])
-    n, results = len(answers), {"test_gold": right.mean().item()}
-    if scorer is not None:
-        results["test_reward"] = learned_reward(scorer, tok, problems, answers).mean().item()
-    results |= {
+    n = len(answers)
+    results = {
+        "test_gold": right.mean().item(),
+        "test_reward": reward(problems, answers).mean().item(),
         "test_kl": kl / n,
         "test_sqrt_kl": max(kl / n, 0) ** 0.5,
         "test_length": sum(len(a.ids) for a in answers) / n,
@@ -213,20 +214,28 @@ def draw_chase(path, runs):
 
 def train(args):
     """One run, from the SFT model to the report. Returns its gpt.Run."""
+    max_steps = args.max_steps
     if args.break_ == "reward_hacking":
-        args.max_steps *= 100  # "it was still improving when we stopped"
+        max_steps *= 100  # "it was still improving when we stopped"
     # ---- the policy, and the same model frozen: the reference that the leash is tied to
     where = args.load or gpt.made_by("sft", args, "two minutes")
     policy = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     ref = gpt.load_model(where, args.device, args.dtype == "bfloat16").requires_grad_(False)
     tok = gpt.Tokenizer(policy.config.tokenizer)
-    scorer = None
+    reward = {"checker": checker_reward, "mine": my_reward}.get(args.reward)
     if args.reward == "learned":
         scorer = gpt.load_scorer(args.rm or gpt.made_by("reward_model", args, "a minute"), args.device)
-        scorer.requires_grad_(False)
+        reward = functools.partial(learned_reward, scorer.requires_grad_(False), tok)
+    if args.break_ == "format_reward":
+        # "Show your work": a tenth of a point for every calculation, with no upper bound.
+        truth = reward
+
+        def reward(problems, answers):
+            return truth(problems, answers) + 0.1 * torch.tensor([a.text.count("=") for a in answers])
+
     run = gpt.Run(args)
     P, G, longest = args.prompts, args.group, args.max_tokens
-    problems = task.problems(args.max_steps * P, args.seed, "train")
+    problems = task.problems(max_steps * P, args.seed, "train")
     held_out = task.problems(args.problems, args.seed, "test")
     beta = 0.0 if args.break_ == "no_kl" else args.beta
     temperature = sampled_at = args.temperature
@@ -236,14 +245,14 @@ def train(args):
     # ---- the loop
     optimizer = gpt.make_optimizer(policy, args.lr)
     show = ("reward", "gold", "kl", "length")  # of the batch; the held-out problems are in "test_gold" & co.
-    for step in run.steps(args.max_steps, policy, optimizer, save_every=25, show=show):
+    for step in run.steps(max_steps, policy, optimizer, save_every=25, show=show):
         # Often at first, where things happen fast.
-        if step % (25 if step < 300 else 100) == 0 or step == args.max_steps:
-            results, answers = evaluate(policy, ref, scorer, tok, held_out, args.seed, step)
+        if step % (25 if step < 300 else 100) == 0 or step == max_steps:
+            results, answers = evaluate(policy, ref, reward, tok, held_out, args.seed, step)
             run.say(step, **results)
             shown = [f"{a.text} ({'right' if a.right else 'wrong'})" for a in answers[:8]]
             run.samples(step, [(p.text, text) for p, text in zip(held_out, shown)])
-        if step == args.max_steps:
+        if step == max_steps:
             break
         # ---- rollouts: G answers to each of P prompts
         group = [p for p in problems[step * P : (step + 1) * P] for _ in range(G)]  # B = P * G
@@ -254,14 +263,7 @@ def train(args):
         # pi_old: what the tokens were really drawn from, as the sampler saw it.
         old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)  # (B, N)
         # ---- rewards and advantages
-        if args.reward == "learned":
-            rewards = learned_reward(scorer, tok, group, answers)
-        else:
-            rewards = {"checker": checker_reward, "mine": my_reward}[args.reward](group, answers)
-        rewards = rewards.to(args.device)  # (B,)
-        if args.break_ == "format_reward":
-            # "Show your work": a tenth of a point for every calculation, with no upper bound.
-            rewards = rewards + 0.1 * torch.tensor([float(a.text.count("=")) for a in answers]).to(rewards)
+        rewards = reward(group, answers).to(args.device)  # (B,)
         # Answers stand in the order of their prompts: the group is a row, by index. Grouped by the
         # prompt's text, two equal prompts of a batch would become one group of 2G.
         advantages = group_advantages(rewards.view(P, G), args.loss != "dr_grpo").view(-1, 1)  # (B, 1)
@@ -306,7 +308,7 @@ def train(args):
     report = {"batch_reward": run.metrics[-2]["reward"]}
     report |= {name.removeprefix("test_"): value for name, value in results.items()}
     report |= start_peak_end(run.metrics)
-    run.beside({"start": 0, "peak": report["peak_step"], "end": args.max_steps})
+    run.beside({"start": 0, "peak": report["peak_step"], "end": max_steps})
     run.finish(policy, **report)
     return run
 
@@ -394,7 +396,7 @@ def main(argv=None):
         first = [next(m for m in run.metrics if "ratio_error" in m)["ratio_error"] for run in (clean, broken)]
         claims = [
             ("clean: at the first update policy and sampler agree to 1 in 1000", first[0] < 1e-3),
-            (f"broken: they differ at once, the ratio is off by {first[1]:.2f} on average", first[1] > 0.05),
+            (f"broken: they differ at once, the ratio is off by {first[1]:.2f} on average", first[1] > 0.01),
             ("fewer right answers at the end than in the clean run", B["end_gold"] < C["end_gold"]),
         ]
         panels[0] = ("dashboard: |ratio - 1|", "mean over tokens", "ratio_error")

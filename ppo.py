@@ -38,6 +38,7 @@ answers by the exact checker, which the training never sees.
 """
 
 import argparse
+import functools
 import sys
 
 import torch
@@ -139,7 +140,7 @@ def learned_reward(scorer, tok, problems, answers):
 
 
 @torch.no_grad()
-def evaluate(policy, ref, scorer, tok, problems, seed, step):
+def evaluate(policy, ref, reward, tok, problems, seed, step):
     """Gold accuracy, reward and KL of the policy on the same sampled answers. Returns (results, answers).
 
     gold_a and gold_b are the two halves of the problems: a peak that is chosen on one half and
@@ -153,10 +154,10 @@ def evaluate(policy, ref, scorer, tok, problems, seed, step):
         some = prompts[i : i + 250], completions[i : i + 250]
         kl += (gpt.completion_logps(policy, *some)[0] - gpt.completion_logps(ref, *some)[0]).sum().item()
     right = torch.tensor([float(a.right) for a in answers])
-    n, results = len(answers), {"test_gold": right.mean().item()}
-    if scorer is not None:
-        results["test_reward"] = learned_reward(scorer, tok, problems, answers).mean().item()
-    results |= {
+    n = len(answers)
+    results = {
+        "test_gold": right.mean().item(),
+        "test_reward": reward(problems, answers).mean().item(),
         "test_kl": kl / n,
         "test_sqrt_kl": max(kl / n, 0) ** 0.5,
         "test_length": sum(len(a.ids) for a in answers) / n,
@@ -214,15 +215,16 @@ def draw_chase(path, runs):
 
 def train(args):
     """One run, from the SFT model to the report. Returns its gpt.Run."""
+    max_steps = args.max_steps
     if args.break_ == "reward_hacking":
-        args.max_steps *= 100  # "it was still improving when we stopped"
+        max_steps *= 100  # "it was still improving when we stopped"
     # ---- the policy, and the same model frozen: the reference that the leash is tied to
     where = args.load or gpt.made_by("sft", args, "two minutes")
     policy = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     ref = gpt.load_model(where, args.device, args.dtype == "bfloat16").requires_grad_(False)
     tok = gpt.Tokenizer(policy.config.tokenizer)
     scorer = gpt.load_scorer(args.rm or gpt.made_by("reward_model", args, "a minute"), args.device)
-    scorer.requires_grad_(False)
+    reward = functools.partial(learned_reward, scorer.requires_grad_(False), tok)
     # Policy, value head and beta in one module: one optimizer, one checkpoint.
     agent = nn.ModuleDict({"policy": policy, "value": nn.Linear(policy.config.n_embd, 1)}).to(args.device)
     nn.init.zeros_(agent.value.weight)
@@ -231,7 +233,7 @@ def train(args):
     agent.register_buffer("beta", torch.tensor(beta, device=args.device))
     run = gpt.Run(args)
     P, B, longest = args.prompts, args.prompts * args.answers, args.max_tokens
-    problems = task.problems(args.max_steps * P, args.seed, "train")
+    problems = task.problems(max_steps * P, args.seed, "train")
     held_out = task.problems(args.problems, args.seed, "test")
 
     # ---- the loop
@@ -239,14 +241,14 @@ def train(args):
     # The value head is new: it has everything to learn, and may take larger steps than the policy.
     optimizer.add_param_group({"params": list(agent.value.parameters()), "lr": 1e-3})
     show = ("reward", "gold", "kl", "length")  # of the batch; the held-out problems are in "test_gold" & co.
-    for step in run.steps(args.max_steps, agent, optimizer, save_every=25, show=show):
+    for step in run.steps(max_steps, agent, optimizer, save_every=25, show=show):
         # Often at first, where things happen fast.
-        if step % (25 if step < 300 else 100) == 0 or step == args.max_steps:
-            results, answers = evaluate(policy, ref, scorer, tok, held_out, args.seed, step)
+        if step % (25 if step < 300 else 100) == 0 or step == max_steps:
+            results, answers = evaluate(policy, ref, reward, tok, held_out, args.seed, step)
             run.say(step, **results)
             shown = [f"{a.text} ({'right' if a.right else 'wrong'})" for a in answers[:8]]
             run.samples(step, [(p.text, text) for p, text in zip(held_out, shown)])
-        if step == args.max_steps:
+        if step == max_steps:
             break
         # ---- rollouts: some answers to each of P prompts, B in all
         batch = [p for p in problems[step * P : (step + 1) * P] for _ in range(args.answers)]
@@ -262,7 +264,7 @@ def train(args):
                 policy, prompts, completions, args.temperature, agent.value
             )  # (B, N) each
             ref_logps, _ = gpt.completion_logps(ref, prompts, completions, args.temperature)
-            scores = learned_reward(scorer, tok, batch, answers)  # (B,)
+            scores = reward(batch, answers)  # (B,)
             rewards = token_rewards(scores, old_logps, ref_logps, mask, agent.beta)
             if args.break_ == "sign_flip":
                 # "We minimise costs now, not maximise rewards." The rest of the loop still maximises.
@@ -317,7 +319,7 @@ def train(args):
     report = {"batch_reward": run.metrics[-2]["reward"]}
     report |= {name.removeprefix("test_"): value for name, value in results.items()}
     report |= start_peak_end(run.metrics)
-    run.beside({"start": 0, "peak": report["peak_step"], "end": args.max_steps})
+    run.beside({"start": 0, "peak": report["peak_step"], "end": max_steps})
     run.finish(policy, **report)
     return run
 
