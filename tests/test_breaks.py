@@ -1,7 +1,7 @@
 """Every break's documented signature, at its documented size, on a seed that nothing was tuned on.
 
-Slow: a whole chain of base, SFT and DPO models. The claims that are checked are the ones that the script
-itself prints, so a script cannot say "reproduced" of something weaker than what is tested here.
+Slow: a whole chain of base, SFT, DPO, reward and RL models. The claims that are checked are the ones that the
+script itself prints, so a script cannot say "reproduced" of something weaker than what is tested here.
 """
 
 import json
@@ -23,15 +23,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("breaks")
 
 
-def report_of(folder, script, name):
+def report_of(folder, script, name, flags=(), suffix=""):
     """Run a break as a reader would and return (clean report, broken report, what was printed)."""
-    command = [sys.executable, str(REPO / f"{script}.py"), "--break", name, "--seed", str(SEED)]
+    command = [sys.executable, str(REPO / f"{script}.py"), "--break", name, "--seed", str(SEED), *flags]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = folder / "runs"
-    clean = json.loads((runs / f"{script}-seed={SEED}" / "report.json").read_text())
-    broken = json.loads((runs / f"{script}-{name}-seed={SEED}" / "report.json").read_text())
-    assert (runs / f"{script}-{name}-seed={SEED}" / "figure.png").stat().st_size > 5000
+    clean = json.loads((runs / f"{script}{suffix}-seed={SEED}" / "report.json").read_text())
+    broken = json.loads((runs / f"{script}-{name}{suffix}-seed={SEED}" / "report.json").read_text())
+    assert (runs / f"{script}-{name}{suffix}-seed={SEED}" / "figure.png").stat().st_size > 5000
     return clean, broken, done.stdout
 
 
@@ -94,4 +94,56 @@ def test_low_beta(folder):
     clean, broken, printed = report_of(folder, "dpo", "low_beta")
     assert broken["kl"] > clean["kl"]
     assert broken["held_out_pairs"] > 0.7  # the pairs look fine, or nearly so
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]
+
+
+def test_length_bias(folder):
+    """Annotators who like length: as good on held-out pairs of their own, and padding beats rightness."""
+    clean, broken, printed = report_of(folder, "reward_model", "length_bias")
+    assert clean["held_out_pairs"] > 0.75
+    assert broken["held_out_pairs"] > clean["held_out_pairs"] - 0.05
+    assert broken["terse_beats_padded"] < 0.5 < clean["terse_beats_padded"]
+    assert broken["corr_length"] > clean["corr_length"] + 0.1
+    assert broken["reproduced"], printed
+
+
+def test_distribution_shift(folder):
+    """One reward model, two policies: it judges the one that was trained against it much worse."""
+    clean, broken, printed = report_of(folder, "reward_model", "distribution_shift")
+    assert broken["held_out_pairs"] == clean["held_out_pairs"]  # nothing about the training is different
+    assert broken["policy_samples"] < clean["policy_samples"] - 0.1
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]
+
+
+def test_grpo_reward_hacking(folder):
+    """500 of the documented 1000 steps: the reward climbs, right answers rise, peak and fall."""
+    flags, suffix = ["--max_steps", "5"], "-max_steps=5"
+    clean, broken, printed = report_of(folder, "grpo", "reward_hacking", flags, suffix)
+    assert broken["peak_gold_b"] >= broken["start_gold_b"] + 0.05
+    assert broken["end_gold_b"] <= broken["peak_gold_b"] - 0.1
+    assert broken["end_reward"] > broken["peak_reward"] > broken["start_reward"]
+    assert broken["reproduced"], printed
+    assert (
+        "## Beside each other"
+        in (folder / "runs" / f"grpo-reward_hacking{suffix}-seed={SEED}" / "samples.md").read_text()
+    )
+
+
+def test_the_long_run_begins_as_the_short_one(folder):
+    """Everything but the number of steps is the same, to the bit."""
+    runs = folder / "runs"
+    short, long = (
+        [json.loads(line) for line in (runs / f"grpo{name}-max_steps=5-seed={SEED}" / "metrics.jsonl").open()]
+        for name in ("", "-reward_hacking")
+    )
+    short = [m for m in short if "loss" in m]
+    long = [m for m in long if "loss" in m]
+    assert len(short) == 5 and long[:5] == short
+
+
+def test_ppo_no_kl(folder):
+    """Without the leash: farther away, a higher reward, fewer right answers, in as many steps."""
+    clean, broken, printed = report_of(folder, "ppo", "no_kl", suffix="-max_steps=250")
+    assert broken["kl"] > 1.5 * clean["kl"]
+    assert broken["reward"] >= clean["reward"]
     assert ("NOT reproduced" in printed) is not broken["reproduced"]
