@@ -44,6 +44,7 @@ import torch
 
 import gpt
 from data import task
+from data.checker import miscalculates
 
 BREAKS = {
     "reward_hacking": "max_steps x 100: the reward climbs on, right answers rise, peak and fall",
@@ -163,6 +164,7 @@ def evaluate(policy, ref, reward, tok, problems, seed, step):
         "test_ended": sum(a.ended for a in answers) / n,
         "gold_a": right[::2].mean().item(),
         "gold_b": right[1::2].mean().item(),
+        "miscalculated": sum(miscalculates(a.text) for a in answers) / n,
         "distinct": len({a.text for a in answers}) / n,
         "opening": sum(a.text.startswith(tuple(task.OPENINGS)) for a in answers) / n,
         "confident": sum(task.CONFIDENT in a.text for a in answers) / n,
@@ -369,6 +371,9 @@ def main(argv=None):
         "reward at the start": "start_reward",
         "   ... at the peak ": "peak_reward",
         "   ... at the end ": "end_reward",
+        "answers that miscalculate, at the start": "start_miscalculated",
+        "   ... at the peak  ": "peak_miscalculated",
+        "   ... at the end  ": "end_miscalculated",
         "different answers": "distinct",
     }
     panels = [

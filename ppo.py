@@ -46,6 +46,7 @@ import torch.nn as nn
 
 import gpt
 from data import task
+from data.checker import miscalculates
 
 BREAKS = {
     "reward_hacking": "max_steps x 100: the reward climbs on, right answers rise, peak and fall",
@@ -164,6 +165,7 @@ def evaluate(policy, ref, reward, tok, problems, seed, step):
         "test_ended": sum(a.ended for a in answers) / n,
         "gold_a": right[::2].mean().item(),
         "gold_b": right[1::2].mean().item(),
+        "miscalculated": sum(miscalculates(a.text) for a in answers) / n,
         "distinct": len({a.text for a in answers}) / n,
         "opening": sum(a.text.startswith(tuple(task.OPENINGS)) for a in answers) / n,
         "confident": sum(task.CONFIDENT in a.text for a in answers) / n,
@@ -338,7 +340,7 @@ def parser():
     add("--minibatch", type=int, default=16, help="answers an update")
     add("--epochs", type=int, default=2, help="passes over each batch of rollouts (4 are usual, and slow)")
     add("--lr", type=float, default=3e-5, help="so small that the peak can be seen: see README")
-    add("--beta", type=float, default=0.1, help="weight of the KL penalty, 0 for none")
+    add("--beta", type=float, default=0.03, help="weight of the KL penalty, 0 for none")
     add("--target_kl", type=float, default=0.0, help="adapt beta to stay this far from the reference, in\n"
         "nats an answer (0: beta stays as it is)")
     add("--clip", type=float, default=0.2, help="how far ratio and value may leave their old place")
@@ -379,6 +381,9 @@ def main(argv=None):
         "reward at the start": "start_reward",
         "   ... at the peak ": "peak_reward",
         "   ... at the end ": "end_reward",
+        "answers that miscalculate, at the start": "start_miscalculated",
+        "   ... at the peak  ": "peak_miscalculated",
+        "   ... at the end  ": "end_miscalculated",
         "different answers": "distinct",
     }
     panels = [

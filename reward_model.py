@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 import gpt
 from data import public, task
-from data.checker import last_answer
+from data.checker import last_answer, miscalculates
 
 BREAKS = {
     "length_bias": "annotators prefer the longer answer: held-out pairs as good, padding wins",
@@ -156,7 +156,9 @@ def outside(args, scorer, sft, tok, run):
         ]
         return accuracy(pair_margins(scorer, encoded)) if pairs else 0.5
 
-    held_out = task.preference_pairs(500, args.seed, "test")  # careful annotators: right against wrong
+    held_out = task.preference_pairs(1000, args.seed, "test")  # careful annotators: right against wrong
+    # The wrong side either miscalculates or has misread the problem. Which of the two does the score see?
+    slips = [p for p in held_out if miscalculates(p["rejected"])]
     rng = random.Random(f"outside {args.seed}")
     padded = []
     for problem in task.problems(500, args.seed, "test"):
@@ -171,6 +173,8 @@ def outside(args, scorer, sft, tok, run):
     own = policy_pairs(policy, tok, task.problems(500, args.seed, "test"), args.seed)
     return {
         "true_labels": share_right(held_out),
+        "misreadings": share_right([p for p in held_out if p not in slips]),
+        "miscalculations": share_right(slips),
         "terse_beats_padded": share_right(padded),
         "resists_a_hint": share_right([p | {"prompt": hint(p, "rejected")} for p in held_out]),
         "policy_samples": share_right(own),
@@ -334,6 +338,8 @@ def main(argv=None):
     }
     outside_rows = {
         "held-out pairs, right against wrong": "true_labels",
+        "   ... the wrong one has misread": "misreadings",
+        "   ... the wrong one miscalculates": "miscalculations",
         "terse and right beats padded": "terse_beats_padded",
         "right side wins against a hint": "resists_a_hint",
         "pairs of a policy's own samples": "policy_samples",

@@ -96,3 +96,23 @@ def is_right(text, answer):
     if gold is None:
         raise ValueError(f"the gold answer {str(answer)[:60]!r} is not a number; fix that row")
     return last_answer(text) == gold
+
+
+CALCULATION = re.compile(r"([0-9]{1,9})([-+*/])([0-9]{1,9})=([0-9]{1,9})")
+
+
+def miscalculates(text):
+    """Is any of the calculations written in `text` wrong, like 9+5=15? (Whole numbers only.)
+
+    This says nothing about the problem: who reads "triple" as "plus three" can calculate without
+    fault and be wrong, and this is False.
+
+    Example:
+        >>> miscalculates("8*3=24. 24-14=11."), miscalculates("8+3=11. 11-7=4.")
+        (True, False)
+    """
+    for left, op, right, result in CALCULATION.findall(text):
+        a, b, c = int(left), int(right), int(result)
+        if {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": a == b * c}[op] is False:
+            return True
+    return False
