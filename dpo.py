@@ -188,7 +188,8 @@ def train(args):
     """One run, from the SFT model to the report. Returns its gpt.Run."""
     # ---- policy and reference: the same model twice, one of them frozen
     flags = ["--data", args.data] if args.data else []
-    flags += ["--load", args.base] if args.base else []
+    # Random weights on real text: a few steps teach as much of a format as they will ever have.
+    flags += ["--load", args.base] if args.base else ["--batch", "8", "--steps", "40"] if args.data else []
     where = args.load or gpt.made_by("sft", args, "a minute or more", flags)
     policy = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     ref = gpt.load_model(where, args.device, args.dtype == "bfloat16").requires_grad_(False)
