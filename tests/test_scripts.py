@@ -19,9 +19,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import gpt
+import grpo
+import ppo
 import sft
+from data import task
 
 REPO = Path(__file__).resolve().parent.parent
 REAL = os.environ.get("REAL_DATA_DIR")
@@ -187,7 +191,12 @@ TINY = {
     "gpt": "--n_layer 1 --n_embd 32 --length 16 --batch 2 --steps 20".split(),
     "sft": "--demos 32 --batch 8 --problems 5 --eval_every 2".split(),
     "dpo": "--steps 4 --batch 4 --problems 5 --eval_every 2".split(),
+    "reward_model": "--pairs 16 --steps 4 --batch 4 --problems 5 --eval_every 2".split(),
+    "ppo": "--max_steps 3 --prompts 4 --minibatch 2 --max_tokens 8 --problems 5".split(),
+    "grpo": "--max_steps 3 --prompts 2 --group 3 --max_tokens 8 --problems 5".split(),
 }
+SCRIPTS = list(TINY)
+CHASES = ["ppo", "grpo"]  # they chase a reward: their steps are counted by --max_steps
 
 
 @pytest.fixture(scope="session")
@@ -206,6 +215,30 @@ def chatty(run, base, tmp_path_factory):
     job = run(cwd, "sft", "--load", base.model, *TINY["sft"])
     shutil.move(folder_of(cwd) / "model", cwd / "tiny")
     return SimpleNamespace(cwd=cwd, model=cwd / "tiny", job=job, folder=folder_of(cwd))
+
+
+@pytest.fixture(scope="session")
+def judge(run, chatty, tmp_path_factory):
+    """A reward model that starts from the chat model."""
+    cwd = tmp_path_factory.mktemp("judge")
+    job = run(cwd, "reward_model", "--load", chatty.model, *TINY["reward_model"])
+    shutil.move(folder_of(cwd) / "model", cwd / "tiny")
+    return SimpleNamespace(cwd=cwd, model=cwd / "tiny", job=job, folder=folder_of(cwd))
+
+
+@pytest.fixture(scope="session")
+def loads(request):
+    """script -> the flags that name the tiny models it starts from."""
+
+    def loads(script):
+        def model(name):
+            return request.getfixturevalue(name).model
+
+        if script in ("gpt", "sft"):
+            return [] if script == "gpt" else ["--load", model("base")]
+        return ["--load", model("chatty"), *(["--rm", model("judge")] if script in CHASES else [])]
+
+    return loads
 
 
 def folder_of(cwd):
@@ -246,7 +279,7 @@ def check_folder(folder, steps):
     report = report_of(folder)
     assert report["config"] == config and report["seconds"] >= 0
     metrics = [json.loads(line) for line in lines_of(folder / "metrics.jsonl")]
-    assert [m["step"] for m in metrics if "loss" in m] == list(range(steps))
+    assert [m["step"] for m in metrics if "grad_norm" in m] == list(range(steps))
     assert "## Step" in (folder / "samples.md").read_text()
     return report, metrics
 
@@ -292,6 +325,132 @@ def test_every_loss_runs(run, chatty, tmp_path, loss):
     check_folder(folder_of(tmp_path), 4)
 
 
+def test_reward_model_end_to_end(judge, chatty):
+    report, metrics = check_folder(judge.folder, 4)
+    for name in (
+        "loss",
+        "held_out_pairs",
+        "corr_length",
+        "corr_right",
+        "terse_beats_padded",
+        "policy_samples",
+    ):
+        assert last_shown(judge.job.out, name) == f"{report[name]:.3f}", name
+    evaluations = [m for m in metrics if "held_out_pairs" in m]
+    assert [m["step"] for m in evaluations] == [0, 2, 4]
+    assert evaluations[-1]["held_out_pairs"] == report["held_out_pairs"]
+    # As sure as it is, so often it is right: printed, for a person to read. And completions with scores.
+    assert re.search(r"calibration on held-out pairs: says \d+% of \d+: right \d+%", judge.job.out)
+    assert (judge.folder / "samples.md").read_text().count("(score ") == 3 * 5
+
+    # The zero and the unit: the very answers of the SFT model that it was normalised on score 0 on average,
+    # with a standard deviation of 1; without them it scores something else.
+    scorer, model = gpt.load_scorer(str(judge.model)), gpt.load_model(str(chatty.model))
+    tok, problems = gpt.Tokenizer("task"), task.problems(5, 0, "test")
+    questions, golds = [p.text for p in problems], [p.answer for p in problems]
+    answers = gpt.solve(model, tok, questions, golds, 1.0, gpt.rng(0, "answers"))
+    scores = gpt.final_scores(scorer, [tok.prompt(q) for q in questions], [a.ids for a in answers])
+    assert abs(scores.mean().item()) < 1e-3 and 0.8 < scores.std().item() < 1.2
+    assert scorer.std != 1.0
+
+
+PROMISED = {  # what the dashboard shows at every step
+    "ppo": "reward gold kl entropy clip_fraction approx_kl explained_variance length unfinished".split(),
+    "grpo": "reward gold kl entropy clip_fraction loss length ended".split(),
+}
+
+
+@pytest.mark.parametrize("script", CHASES)
+def test_chase_end_to_end(run, loads, chatty, tmp_path, script):
+    job = run(tmp_path, script, *loads(script), *TINY[script])
+    folder = folder_of(tmp_path)
+    report, metrics = check_folder(folder, 3)
+    assert gpt.load_model(str(folder / "model")).config.chat
+    weights = [path / "model.safetensors" for path in (folder / "model", chatty.model)]
+    assert not filecmp.cmp(*weights, shallow=False)  # something was learned
+    evaluations = [m for m in metrics if "test_gold" in m]
+    assert [m["step"] for m in evaluations] == [0, 3]
+    for name in ("gold", "reward", "kl", "length", "ended"):
+        assert report[name] == evaluations[-1][f"test_{name}"] == report[f"end_{name}"]
+        assert report[f"start_{name}"] == evaluations[0][f"test_{name}"]
+        assert last_shown(job.out, f"test_{name}") == f"{report[name]:.3f}"
+    steps = [m for m in metrics if "grad_norm" in m]
+    assert all(name in m for m in steps for name in PROMISED[script])
+    # Policy and reference start as the same model.
+    assert evaluations[0]["test_kl"] == 0 and steps[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert report["batch_reward"] == steps[-1]["reward"]
+    assert "## Beside each other" in (folder / "samples.md").read_text()
+
+
+@pytest.mark.parametrize("script", CHASES)
+def test_the_first_update_of_a_batch_is_on_policy(run, loads, tmp_path, script):
+    """One update a batch, and a temperature that one of the passes could forget: the ratio is 1 and nothing
+    is clipped. (PPO: the loss is minus the mean of whitened advantages, so 0.)"""
+    flags = ["--temperature", "0.7", *(["--epochs", "1", "--minibatch", "4"] if script == "ppo" else [])]
+    run(tmp_path, script, *loads(script), *TINY[script], *flags)
+    for m in check_folder(folder_of(tmp_path), 3)[1]:
+        if "grad_norm" in m:
+            assert m["clip_fraction"] == 0
+            off = (m["policy_loss"], m["approx_kl"]) if script == "ppo" else (m["ratio_error"],)
+            assert off == pytest.approx([0] * len(off), abs=1e-4)
+            assert m["kl"] != 0 or m["step"] == 0
+
+
+def test_what_was_cut_off_teaches_nothing(run, loads, tmp_path):
+    """GRPO, answers of one token, which hardly ever is the end: they count in the baseline, and there is no
+    gradient. PPO: they have a fixed bad score in place of the model's."""
+    flags = ["--max_tokens", "1"]
+    for script in CHASES:
+        run(tmp_path, script, *loads(script), *TINY[script], *flags)
+    ppos, grpos = (
+        [m for line in lines_of(next(tmp_path.glob(f"runs/{script}-*/metrics.jsonl")))
+         if "grad_norm" in (m := json.loads(line))]
+        for script in CHASES
+    )  # fmt: skip
+    cut_off = [m for m in grpos if m["ended"] == 0]
+    assert cut_off and all(m["loss"] == 0 and m["grad_norm"] == 0 for m in cut_off)
+    assert all(m["reward"] == grpo.CUT_OFF for m in cut_off)
+    cut_off = [m for m in ppos if m["unfinished"] == 1]
+    assert cut_off and all(m["reward"] == ppo.CUT_OFF for m in cut_off)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss grpo --reward checker",
+        "--loss dr_grpo --reward mine --beta 0",
+        "--epochs 2 --clip_high 0.28 --dtype bfloat16",
+    ],
+)
+def test_other_ways_of_grpo(run, chatty, loads, tmp_path, flags):
+    load = ["--load", chatty.model] if "--reward" in flags else loads("grpo")
+    run(tmp_path, "grpo", *load, *TINY["grpo"], *flags.split())
+    # One folder: who does not need a reward model does not make one.
+    report, metrics = check_folder(folder_of(tmp_path), 3)
+    assert ("reward" in report) == ("--reward" not in flags)
+    if "checker" in flags:
+        assert all(m["reward"] == m["gold"] for m in metrics if "grad_norm" in m)
+
+
+def test_other_ways_of_ppo(run, loads, tmp_path):
+    flags = "--beta 0.05 --target_kl 0.5 --epochs 3 --dtype bfloat16".split()
+    run(tmp_path, "ppo", *loads("ppo"), *TINY["ppo"], *flags)
+    betas = [m["beta"] for m in check_folder(folder_of(tmp_path), 3)[1] if "beta" in m]
+    # At the start there is no distance at all: the leash is loosened as fast as it may be, by 20 % in
+    # 10000 answers; here by 4 of them.
+    assert betas[0] == pytest.approx(0.05 * (1 - 0.2 * 4 / 10000), rel=1e-6)
+    assert len(set(betas)) == 3
+
+
+def test_reward_model_from_a_policys_samples(run, chatty, loads, tmp_path):
+    """The tiny policy never is right, so there is no pair of its own: said, and trained on the others."""
+    job = run(
+        tmp_path, "reward_model", *loads("reward_model"), *TINY["reward_model"], "--policy", chatty.model
+    )
+    assert re.search(r"\d+ pairs from samples of .*, judged by the exact checker", job.out)
+    check_folder(folder_of(tmp_path), 4)
+
+
 def test_other_flags_other_folder(run, chatty, tmp_path):
     for flags in ([], ["--beta", "0.5"], ["--seed", "1"], ["--loss", "ipo"]):
         run(tmp_path, "dpo", "--load", chatty.model, *TINY["dpo"], *flags)
@@ -329,10 +488,11 @@ def test_talk_to_a_run_folder(run, base, tmp_path):
     assert job.out.startswith("Leo has 7 eggs. ")
 
 
-@pytest.mark.parametrize("script", ["gpt", "sft", "dpo"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(run, tmp_path, script):
     job = run(tmp_path, script, "--help")
-    for flag in ("--steps", "--seed", "--device", "--dtype", "--resume", "--load", "--lr"):
+    steps = "--max_steps" if script in CHASES else "--steps"
+    for flag in (steps, "--seed", "--device", "--dtype", "--resume", "--load", "--lr"):
         assert flag in job.out
     if script != "gpt":
         breaks = __import__(script).BREAKS
@@ -414,6 +574,99 @@ def test_sft_breaks(run, base, tmp_path, name):
     assert f"The documented signature of {name}: " in job.out
 
 
+@pytest.mark.parametrize("name", ["length_bias", "sycophancy"])
+def test_reward_model_breaks(run, loads, tmp_path, name):
+    flags = [*loads("reward_model"), *TINY["reward_model"]]
+    job = run(tmp_path, "reward_model", "--break", name, *flags)
+    assert f"The documented signature of {name}: " in job.out
+    C, B = (report_of(path) for path in sorted((tmp_path / "runs").iterdir(), key=lambda p: name in p.name))
+    assert "reproduced" in B and "reproduced" not in C
+    # What the annotators like shows in their own verdicts: how often the longer side was chosen.
+    if name == "length_bias":
+        assert B["longer_chosen"] > C["longer_chosen"]
+
+
+@pytest.fixture(scope="session")
+def hacked(run, loads, tmp_path_factory):
+    """script -> (flags, current directory, job) of a finished `--break reward_hacking` from 1 step to 100."""
+    made = {}
+
+    def get(script):
+        if script not in made:
+            cwd = tmp_path_factory.mktemp(f"hacked-{script}")
+            flags = ["--break", "reward_hacking", *loads(script), *TINY[script], "--max_steps", "1"]
+            made[script] = flags, cwd, run(cwd, script, *flags)
+        return made[script]
+
+    return get
+
+
+def clean_and_broken(cwd):
+    """The two folders under runs, of which one is a break's."""
+    one, two = (cwd / "runs").iterdir()
+    return (two, one) if (one / "figure.png").exists() else (one, two)
+
+
+@pytest.mark.parametrize("script", CHASES)
+def test_break_reward_hacking(hacked, script):
+    """The short run carried on: a hundred times as many steps, and not a byte of the first ones differs."""
+    _, cwd, job = hacked(script)
+    clean, broken = clean_and_broken(cwd)
+    check_folder(clean, 1)
+    B = report_of(broken)
+    metrics = [json.loads(line) for line in lines_of(broken / "metrics.jsonl")]
+    assert [m["step"] for m in metrics if "grad_norm" in m] == list(range(100))
+    evaluations = [m["step"] for m in metrics if "test_gold" in m]
+    assert evaluations[0] == 0 and evaluations[-1] == 100 and B["peak_step"] in evaluations
+    # All but the short run's last line, its evaluation at the end, where the long one has none.
+    assert lines_of(broken / "metrics.jsonl")[:2] == lines_of(clean / "metrics.jsonl")[:-1]
+    assert "The documented signature of reward_hacking: " in job.out
+    assert B["claims"] and B["reproduced"] == all(B["claims"].values())
+    png = (broken / "figure.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 5000
+
+
+SLOW_TO_SHOW = {"reward_hacking"}  # tested above
+# Found, and reported; whoever repairs it moves the case up. (strict: a case that passes is an error)
+BROKEN_BREAKS = {
+    "format_reward": "its figure asks for the reward of a model that --reward checker does not have",
+}
+
+
+@pytest.mark.parametrize(
+    "script, name",
+    [
+        pytest.param(script, name, marks=pytest.mark.xfail(strict=True, reason=BROKEN_BREAKS[name]))
+        if name in BROKEN_BREAKS
+        else (script, name)
+        for script, module in (("ppo", ppo), ("grpo", grpo))
+        for name in module.BREAKS
+        if name not in SLOW_TO_SHOW
+    ],
+)
+def test_breaks_of_a_chase(run, loads, tmp_path, script, name):
+    job = run(tmp_path, script, "--break", name, *loads(script), *TINY[script])
+    assert f"The documented signature of {name}: " in job.out
+    clean, broken = clean_and_broken(tmp_path)
+    C, B = ([json.loads(line) for line in lines_of(f / "metrics.jsonl")] for f in (clean, broken))
+    first = [next(m for m in metrics if "grad_norm" in m) for metrics in (C, B)]
+    if name in ("no_kl", "k1_kl_loss"):  # nothing differs until there is a distance
+        assert first[0]["reward"] == first[1]["reward"] and first[0]["kl"] == first[1]["kl"]
+    if name == "sign_flip":
+        assert first[0]["reward"] == -first[1]["reward"]
+    if name == "temperature_mismatch":
+        assert first[0]["ratio_error"] < 1e-4 < 1e-2 < first[1]["ratio_error"]
+
+
+@pytest.mark.xfail(strict=True, reason="claims and figure ask for the reward of a model that is not there")
+@pytest.mark.parametrize("name", ["reward_hacking", "no_kl"])
+def test_breaks_with_a_true_reward(run, chatty, tmp_path, name):
+    """The negative control, asked for in the most natural way."""
+    flags = ["--load", chatty.model, *TINY["grpo"], "--reward", "checker", "--max_steps", "1"]
+    job = run(tmp_path, "grpo", "--break", name, *flags)
+    assert f"The documented signature of {name}: " in job.out
+
+
 # --- what is missing is made ---
 
 
@@ -421,21 +674,54 @@ def test_sft_breaks(run, base, tmp_path, name):
 CHAIN = """
 import sys
 sys.path.insert(0, {repo!r})
-import gpt, sft
+import gpt, grpo, reward_model, sft
 
-ours = gpt.parser
-def tiny_parser():
-    parser = ours()
-    parser.set_defaults(steps=20, n_layer=1, n_embd=32, length=16, batch=2)
-    return parser
+def shrink(module, **defaults):
+    ours = module.parser
+    def tiny_parser():
+        parser = ours()
+        parser.set_defaults(**defaults)
+        return parser
+    module.parser = tiny_parser
 
-gpt.parser = tiny_parser
-sft.main()
+shrink(gpt, steps=20, n_layer=1, n_embd=32, length=16, batch=2)
+if {script!r} != "sft":
+    shrink(sft, demos=32, batch=8, problems=5, eval_every=2)
+    shrink(reward_model, pairs=16, steps=4, batch=4, problems=5)
+    shrink(grpo, prompts=2, group=2, max_tokens=4, problems=5)
+{script}.main()
 """
 
 
+def test_missing_reward_model_is_made(run, tmp_path):
+    """grpo.py from nothing at all: base, SFT model, reward model. Then reward_model.py's distribution_shift,
+    which takes all that is there, and makes the policy that is trained against the reward model."""
+    (tmp_path / "chain.py").write_text(CHAIN.format(repo=str(REPO), script="grpo"))
+    job = run(tmp_path, "chain", "--max_steps", "2", repo=tmp_path)
+    missing = [line.split(" is missing")[0] for line in job.out.splitlines() if " is missing" in line]
+    assert missing == ["runs/sft", "runs/base", "runs/reward_model"]
+    assert isinstance(gpt.load_scorer(str(tmp_path / "runs" / "reward_model")), gpt.Scorer)
+    job = run(tmp_path, "chain", "--max_steps", "2", "--lr", "1e-3", repo=tmp_path)
+    assert "is missing" not in job.out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/report.json")}
+
+    (tmp_path / "chain.py").write_text(CHAIN.format(repo=str(REPO), script="reward_model"))
+    job = run(tmp_path, "chain", "--break", "distribution_shift", repo=tmp_path)
+    assert "The documented signature of distribution_shift: " in job.out
+    (line,) = [line for line in job.out.splitlines() if " is missing" in line]
+    assert "grpo.py" in line and "distribution_shift" in line  # against *this* reward model
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    C, B = (report_of(tmp_path / "runs" / f"reward_model{end}") for end in ("", "-distribution_shift"))
+    # Nothing about the reward model is different; somebody used it.
+    for name in ("loss", "held_out_pairs", "terse_beats_padded", "corr_length"):
+        assert B[name] == C[name]
+    weights = [tmp_path / "runs" / f"reward_model{end}" / "model" / "model.safetensors"
+               for end in ("", "-distribution_shift")]  # fmt: skip
+    assert filecmp.cmp(*weights, shallow=False)
+
+
 def test_missing_base_is_made(run, tmp_path):
-    (tmp_path / "chain.py").write_text(CHAIN.format(repo=str(REPO)))
+    (tmp_path / "chain.py").write_text(CHAIN.format(repo=str(REPO), script="sft"))
     job = run(tmp_path, "chain", *TINY["sft"], repo=tmp_path)
     (line,) = [line for line in job.out.splitlines() if "is missing" in line]
     assert line.startswith("runs/base is missing. Making it with `python gpt.py`")
@@ -471,19 +757,21 @@ LONG = {  # several checkpoints and evaluations
     "gpt": [*TINY["gpt"], "--steps", "130"],
     "sft": [*TINY["sft"], "--demos", "1040", "--eval_every", "40"],
     "dpo": [*TINY["dpo"], "--steps", "60", "--eval_every", "20"],
+    "reward_model": [*TINY["reward_model"], "--steps", "130", "--eval_every", "40"],
+    "ppo": [*TINY["ppo"], "--max_steps", "60"],
+    "grpo": [*TINY["grpo"], "--max_steps", "60"],
 }
-CHECKPOINT = {"gpt": 50, "sft": 50, "dpo": 25}
+CHECKPOINT = {"gpt": 50, "sft": 50, "dpo": 25, "reward_model": 50, "ppo": 25, "grpo": 25}
 
 
 @pytest.fixture(scope="session")
-def long_run(run, base, chatty, tmp_path_factory):
+def long_run(run, loads, tmp_path_factory):
     """script -> (flags, folder of an uninterrupted run)."""
     made = {}
 
     def get(script):
         if script not in made:
-            loads = {"gpt": [], "sft": ["--load", base.model], "dpo": ["--load", chatty.model]}
-            flags = [*loads[script], *LONG[script]]
+            flags = [*loads(script), *LONG[script]]
             cwd = tmp_path_factory.mktemp(f"long-{script}")
             run(cwd, script, *flags)
             made[script] = flags, folder_of(cwd)
@@ -505,7 +793,18 @@ def lines_logged(cwd):
     return files[0].read_bytes().count(b"\n") if files else -1
 
 
-@pytest.mark.parametrize("script", ["gpt", "sft", "dpo"])
+@pytest.mark.parametrize("script", CHASES)
+def test_a_short_run_is_the_beginning_of_a_long_one(run, loads, long_run, tmp_path, script):
+    """The step size is constant and no random number depends on how long the run will be: what "carried on"
+    means in `--break reward_hacking`. Only the evaluation at the short run's end is its own."""
+    _, long = long_run(script)
+    run(tmp_path, script, *loads(script), *TINY[script])
+    short, whole = (lines_of(folder / "metrics.jsonl") for folder in (folder_of(tmp_path), long))
+    assert short[:-1] == whole[: len(short) - 1] and len(short) == 5
+    assert "test_gold" in short[-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_and_resumed(start, long_run, tmp_path, script, seed):
     flags, whole = long_run(script)
@@ -533,7 +832,7 @@ def test_killed_and_resumed(start, long_run, tmp_path, script, seed):
     same_bytes(whole, folder_of(tmp_path))
 
 
-@pytest.mark.parametrize("script", ["gpt", "sft", "dpo"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_interrupted_and_resumed(start, server, long_run, tmp_path, script):
     flags, whole = long_run(script)
     for moment in (7, CHECKPOINT[script] + 5):
@@ -638,6 +937,32 @@ def test_resume_of_nothing_and_of_a_finished_run(run, base, tmp_path):
     assert (folder_of(tmp_path) / "report.json").read_bytes() == report
 
 
+@pytest.mark.xfail(strict=True, reason="max_steps is multiplied before the run's flags are written down")
+def test_resume_of_a_finished_break(run, hacked, tmp_path):
+    """A thousand steps are not thrown away by a --resume too many."""
+    flags, cwd, _ = hacked("grpo")
+    shutil.copytree(cwd / "runs", tmp_path / "runs")
+    _, broken = clean_and_broken(tmp_path)
+    before = (broken / "model" / "model.safetensors").stat().st_mtime_ns
+    job = run(tmp_path, "grpo", *flags, "--resume")
+    assert job.out.count("already there") == 2
+    assert (broken / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.xfail(strict=True, reason="gpt.Run compares load, data and base with what is there, but not rm")
+def test_two_reward_models_whose_paths_end_alike(start, run, chatty, judge, tmp_path):
+    """Their runs share a folder's name: the second must not replace the first."""
+    for folder in ("a", "b/a"):
+        shutil.copytree(judge.model, tmp_path / folder / "model")
+    flags = ["--load", chatty.model, *TINY["grpo"]]
+    run(tmp_path, "grpo", *flags, "--rm", "a/model")
+    before = report_of(folder_of(tmp_path))
+    job = start(tmp_path, "grpo", *flags, "--rm", "b/a/model").wait()
+    reports = [report_of(folder) for folder in (tmp_path / "runs").iterdir()]
+    assert before in reports  # in a folder of its own, or refused
+    assert (job.code == 0) == (len(reports) == 2)
+
+
 def test_interrupted_break_is_resumed(start, run, chatty, tmp_path):
     """Ctrl-C in the clean half, then in the broken half: the same command with --resume finishes."""
     flags = ["--break", "flip_labels", "--load", chatty.model, *LONG["dpo"]]
@@ -675,13 +1000,11 @@ def refused(job, *words):
         assert word in everything, f"{word!r} is not in:\n{everything}"
 
 
-@pytest.mark.parametrize("script", ["gpt", "sft", "dpo"])
-def test_loss_that_is_not_finite(start, base, chatty, tmp_path, script):
-    flags = {
-        "gpt": LONG["gpt"],
-        "sft": ["--load", base.model, *LONG["sft"]],
-        "dpo": ["--load", chatty.model, *LONG["dpo"]],
-    }[script]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_loss_that_is_not_finite(start, loads, tmp_path, script):
+    flags = [*loads(script), *LONG[script]]
+    if script in CHASES:
+        flags += ["--epochs", "2"]  # a second update on the same answers: nothing is sampled in between
     job = start(tmp_path, script, *flags, "--lr", "1e30").wait()
     refused(job, "step", "--lr")
     (line,) = [line for line in job.err.splitlines() if "stopped" in line]
@@ -689,18 +1012,16 @@ def test_loss_that_is_not_finite(start, base, chatty, tmp_path, script):
     assert not list(tmp_path.glob("runs/*/report.json"))
 
 
-@pytest.mark.parametrize("script", ["gpt", "sft", "dpo"])
-def test_weights_that_are_not_finite_when_they_are_sampled(start, base, chatty, tmp_path, script):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_weights_that_are_not_finite_when_they_are_sampled(start, loads, tmp_path, script):
     """The first update ruins the weights, and what comes next is no loss but an evaluation."""
-    flags = {
-        "gpt": [*TINY["gpt"], "--steps", "1"],
-        "sft": ["--load", base.model, *TINY["sft"], "--eval_every", "1"],
-        "dpo": ["--load", chatty.model, *TINY["dpo"], "--eval_every", "1"],
-    }[script]
-    refused(start(tmp_path, script, *flags, "--lr", "1e30").wait(), "--lr")
+    once = {"gpt": ["--steps", "1"], "ppo": ["--epochs", "1", "--minibatch", "4"], "grpo": []}
+    flags = once.get(script, ["--eval_every", "1"])
+    job = start(tmp_path, script, *loads(script), *TINY[script], *flags, "--lr", "1e30").wait()
+    refused(job, "--lr")
 
 
-# {base} and {chat} stand for the tiny models, {tmp} for the test's folder.
+# {base}, {chat} and {rm} stand for the tiny models, {tmp} for the test's folder.
 GOOD_PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}
 WRONG = [
     ("gpt", "--load {tmp}/nothing", "nothing"),
@@ -767,11 +1088,73 @@ WRONG = [
     ("sft", "--load {base} --data {tmp}/long.jsonl", "context"),
     ("sft", "--load {base} --data {tmp}/nopair.jsonl", "nopair.jsonl"),
     ("dpo", "--load {chat} --data {tmp}/gsm8k.jsonl --batch 2", "pair"),
+    # --- reward_model.py
+    ("reward_model", "--load {tmp}/nothing", "nothing"),
+    ("reward_model", "--load {tmp}/truncated", "truncated"),
+    ("reward_model", "--load gpt2", "gpt2"),
+    ("reward_model", "--load {chat} --policy {tmp}/nothing", "nothing"),
+    ("reward_model", "--steps 0", "--steps"),
+    ("reward_model", "--pairs 0", "--pairs"),
+    ("reward_model", "--problems -1", "--problems"),
+    ("reward_model", "--lr -1", "--lr"),
+    ("reward_model", "--annotator nonsense", "--annotator"),
+    ("reward_model", "--break nonsense", "nonsense"),
+    ("reward_model", "--load {chat} --pairs 3", "--batch 4"),
+    ("reward_model", "--load {chat} --break length_bias --data {tmp}/good.jsonl", "--data"),
+    ("reward_model", "--load {chat} --data {tmp}/missing.jsonl", "missing.jsonl"),
+    ("reward_model", "--load {chat} --data {tmp}/bad.jsonl", "bad.jsonl, line 2"),
+    ("reward_model", "--load {chat} --data {tmp}/columns.jsonl", "columns.jsonl, line 1"),
+    ("reward_model", "--load {chat} --data {tmp}/empty.jsonl", "empty.jsonl"),
+    ("reward_model", "--load {chat} --data nonsense", "nonsense"),
+    ("reward_model", "--load {chat} --data ultrafeedback", "hub"),
+    ("reward_model", "--load {chat} --data {tmp}/good.jsonl", "pairs"),  # two pairs are too few
+    ("reward_model", "--load {chat} --data {tmp}/same.jsonl --batch 2", "prompt"),  # nothing to hold out
+    ("reward_model", "--load {chat} --data {tmp}/long.jsonl --batch 2", "--max_tokens"),
+    ("reward_model", "--load {chat} --data {tmp}/gsm8k.jsonl --batch 2", "pair"),
+    # --- ppo.py and grpo.py
+    ("ppo", "--load {tmp}/nothing", "nothing"),
+    ("grpo", "--load {tmp}/nothing", "nothing"),
+    ("grpo", "--load gpt2", "gpt2"),
+    ("ppo", "--load {chat} --rm {tmp}/nothing", "nothing"),
+    ("grpo", "--load {chat} --rm {tmp}/nothing", "nothing"),
+    ("ppo", "--load {chat} --rm {chat}", "reward_model.py"),  # a language model
+    ("grpo", "--load {chat} --rm {chat}", "reward_model.py"),
+    ("ppo", "--load {chat} --rm gpt2", "gpt2"),
+    ("ppo", "--load {chat} --rm {tmp}/truncated_rm", "truncated_rm"),
+    ("grpo", "--load {chat} --rm {tmp}/notjson_rm", "notjson_rm"),
+    ("ppo", "--load {chat} --rm {rm} --beta -0.1", "--beta"),
+    ("grpo", "--load {chat} --rm {rm} --beta -0.1", "--beta"),
+    ("ppo", "--max_steps 0", "--max_steps"),
+    ("grpo", "--max_steps 0", "--max_steps"),
+    ("ppo", "--prompts 0", "--prompts"),
+    ("ppo", "--minibatch 0", "--minibatch"),
+    ("ppo", "--epochs 0", "--epochs"),
+    ("grpo", "--group 0", "--group"),
+    ("grpo", "--max_tokens 0", "--max_tokens"),
+    ("grpo", "--problems 0", "--problems"),
+    ("ppo", "--lr 0", "--lr"),
+    ("grpo", "--temperature -1", "--temperature"),
+    ("grpo", "--loss sum", "--loss"),
+    ("grpo", "--reward nonsense", "--reward"),
+    ("ppo", "--break nonsense", "nonsense"),
+    ("grpo", "--break nonsense", "nonsense"),
+]
+# Found, and reported: a traceback, a wrong cause, or no refusal at all. Whoever repairs one moves it up.
+WRONG_BUT_NOT_REFUSED = [
+    ("grpo", "--load {chat} --rm {rm} --group 1", "--group"),  # a standard deviation of one number is NaN
+    ("grpo", "--load {chat} --rm {rm} --temperature 0", "--temperature"),  # scores are divided by it
+    ("ppo", "--load {chat} --rm {rm} --temperature 0", "--temperature"),
+    ("grpo", "--load {chat} --rm {rm} --max_tokens 200", "context"),
+    ("ppo", "--load {chat} --rm {rm} --max_tokens 200", "context"),
+    ("ppo", "--load {chat} --rm {rm} --clip -1", "--clip"),
+    ("ppo", "--load {chat} --rm {rm} --lam 2", "--lam"),
+    ("ppo", "--load {chat} --rm {rm} --target_kl -1", "--target_kl"),
+    ("ppo", "--load {chat} --rm {tmp}/two_labels_rm", "two_labels_rm"),
 ]
 
 
 @pytest.fixture(scope="session")
-def wrong_files(tmp_path_factory, base):
+def wrong_files(tmp_path_factory, base, judge):
     """A folder with everything that can be wrong about a file."""
     tmp = tmp_path_factory.mktemp("wrong")
 
@@ -797,6 +1180,16 @@ def wrong_files(tmp_path_factory, base):
     (tmp / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     config = json.loads((tmp / "wrongshape" / "config.json").read_text())
     (tmp / "wrongshape" / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+
+    for name in ("notjson_rm", "truncated_rm", "two_labels_rm"):
+        shutil.copytree(judge.model, tmp / name)
+    (tmp / "notjson_rm" / "config.json").write_text("{")
+    weights = (tmp / "truncated_rm" / "model.safetensors").read_bytes()
+    (tmp / "truncated_rm" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    # A classifier of transformers that has two classes: scores, but not one.
+    weights = load_file(tmp / "two_labels_rm" / "model.safetensors")
+    weights["score.weight"] = weights["score.weight"].repeat(2, 1)
+    save_file(weights, tmp / "two_labels_rm" / "model.safetensors", {"format": "pt"})
     return tmp
 
 
@@ -814,8 +1207,8 @@ def no_network(tmp):
 
 
 @pytest.mark.parametrize("script, flags, word", WRONG, ids=[f"{s} {f[:60]}" for s, f, _ in WRONG])
-def test_wrong_input(start, base, chatty, wrong_files, tmp_path, script, flags, word):
-    fields = {"base": base.model, "chat": chatty.model, "tmp": wrong_files}
+def test_wrong_input(start, base, chatty, judge, wrong_files, tmp_path, script, flags, word):
+    fields = {"base": base.model, "chat": chatty.model, "rm": judge.model, "tmp": wrong_files}
     flags = shlex.split(flags.format(**fields))
     tiny = [*TINY[script]]
     for flag in flags:  # what the test sets counts, so it comes last; but help the slow ones end
@@ -828,6 +1221,16 @@ def test_wrong_input(start, base, chatty, wrong_files, tmp_path, script, flags, 
     last = job.err.strip().splitlines()[-1]
     assert word.format(**fields) in last, last
     assert not list(tmp_path.glob("runs/*/report.json"))
+
+
+@pytest.mark.xfail(strict=True, reason="not refused in one line yet")
+@pytest.mark.parametrize(
+    "script, flags, word", WRONG_BUT_NOT_REFUSED, ids=[f"{s} {f[:60]}" for s, f, _ in WRONG_BUT_NOT_REFUSED]
+)
+def test_wrong_input_that_is_not_refused_yet(
+    start, base, chatty, judge, wrong_files, tmp_path, script, flags, word
+):
+    test_wrong_input(start, base, chatty, judge, wrong_files, tmp_path, script, flags, word)
 
 
 # --- real data ---
@@ -858,3 +1261,16 @@ def test_real_data(run, tmp_path, name):
     assert report["loss"] == pytest.approx(0.693, abs=0.02)
     assert ("right_sampled" in report) == name.startswith("gsm8k")
     assert "## Step" in (folder_of(tmp_path) / "samples.md").read_text()
+
+    shutil.rmtree(tmp_path / "runs")
+    flags = ["--steps", "2", "--batch", "2", "--max_tokens", "96"]
+    job = run(tmp_path, "reward_model", "--load", "tiny", *data, *flags, env=env)
+    assert re.search(r"\d+ pairs read,.* \d+ kept", job.out)
+    assert "calibration on held-out pairs: " in job.out
+    report, metrics = check_folder(folder_of(tmp_path), 2)
+    assert all(0 <= m["held_out_pairs"] <= 1 for m in metrics if "held_out_pairs" in m)
+    assert 0 < report["longer_chosen"] < 1
+    assert "terse_beats_padded" not in report  # nobody knows the right answers here
+    assert "(score " in (folder_of(tmp_path) / "samples.md").read_text()
+    scorer = gpt.load_scorer(str(folder_of(tmp_path)))
+    assert scorer.std > 0 and (scorer.mean, scorer.std) != (0.0, 1.0)

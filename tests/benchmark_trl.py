@@ -1,0 +1,298 @@
+"""How fast is one training step beside TRL's trainers? Not a test: prints a table.
+
+    python tests/benchmark_trl.py               a few minutes, on two cores
+    python tests/benchmark_trl.py --quick       fewer steps
+    python tests/benchmark_trl.py grpo sft      some of the rows
+
+Measured side by side, in one process, is one update of our scripts against one of TRL's trainer for the
+same thing: the tiny model of the embedded task with the same weights (gpt.save_model writes them,
+`transformers` reads them), the same problems, pairs and demonstrations in batches of the same size,
+float32, AdamW as gpt.make_optimizer makes it, gradients clipped at 1, no dropout, no gradient
+checkpointing, no logging, no checkpoints, no worker processes. TRL gets token ids where it takes them
+(SFTTrainer, RewardTrainer) and tokenises before the first step where it does not (DPOTrainer).
+
+    grpo            8 prompts x 8 answers of exactly 48 tokens: sampling, rewards by the exact checker,
+                    log-probabilities under policy and reference, one update. TRL samples with transformers'
+                    generate. The end token is made impossible, so that nobody gets away with shorter answers.
+    dpo             32 pairs; both have the reference's log-probabilities beforehand
+    sft             32 demonstrations, loss on the answers
+    reward_model    32 pairs
+
+Before the clock starts, both compute the loss of one batch, and it must be the same number.
+
+How: TRL's own train() runs, and a callback at the end of each of its steps makes one of ours, so the two
+take turns whatever else the machine does. Theirs is the time from the end of our step to the end of their
+next one: batch, loss, update, and what a Trainer does around them. Ours is everything between two steps of
+the script, without the line in metrics.jsonl. The table shows steps a second by the median step, and the
+median of the ratio within a turn.
+
+PPO is not in it: TRL 1.16 has no PPOTrainer any more. Its sampling and its update are those of the grpo
+row.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: all weights are random
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tokenizers
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+import dpo
+import gpt
+import grpo
+import reward_model
+import sft
+from data import task
+from data.checker import is_right
+
+TOK = gpt.Tokenizer("task")
+PROMPTS, GROUP, NEW = 8, 8, 48  # grpo
+BATCH = 32  # all others
+LR, BETA, WARMUP = 1e-5, 0.05, 2  # steps of warmup are not measured
+SAME = {
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no",
+    "logging_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0,
+    "gradient_accumulation_steps": 1, "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+def theirs_tokenizer():
+    """Our ids as words: the text "593 17 4" is the ids [593, 17, 4]. Any tokenizer would do, both sides
+    see ids."""
+    vocabulary = {str(i): i for i in range(TOK.vocab_size)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="0", eos_token=str(TOK.end), pad_token=str(TOK.pad)
+    )
+
+
+def words(ids):
+    return " ".join(map(str, ids))
+
+
+def update(model, optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------
+# The rows: each returns (TRL's trainer, our step(i), our loss of the first BATCH examples or None)
+
+
+def settings(config, model, steps, batch, **more):
+    """What every trainer of TRL's is given: its configuration, and our optimizer at a constant step size."""
+    optimizer = gpt.make_optimizer(model, LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    args = config(tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=batch, **SAME, **more)
+    return {"args": args, "optimizers": (optimizer, schedule), "processing_class": theirs_tokenizer()}
+
+
+def grpo_row(folder, steps):
+    problems = task.problems(PROMPTS * 40, 0)
+
+    def reward(completions, completion_ids, answer, **rest):
+        assert all(len(ids) == NEW for ids in completion_ids) and len(completions) == PROMPTS * GROUP
+        return [float(is_right(TOK.decode(map(int, c.split())), a)) for c, a in zip(completions, answer)]
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = [{"prompt": words(TOK.prompt(p.text)), "answer": p.answer} for p in problems]
+    trainer = trl.GRPOTrainer(
+        model, reward, train_dataset=Dataset.from_list(rows),
+        **settings(trl.GRPOConfig, model, steps, PROMPTS * GROUP, num_generations=GROUP, beta=BETA,
+                   max_completion_length=NEW, loss_type="dapo", temperature=1.0, use_vllm=False),
+    )  # fmt: skip
+
+    # As in grpo.train, but that an answer without an end counts: here none has one.
+    policy, ref = gpt.load_model(folder), gpt.load_model(folder).requires_grad_(False)
+    optimizer = gpt.make_optimizer(policy, LR)
+
+    def step(i):
+        group = [problems[j] for j in gpt.batch_indices(len(problems), PROMPTS, i, 0) for _ in range(GROUP)]
+        questions, golds = [p.text for p in group], [p.answer for p in group]
+        generator = gpt.rng(0, "rollouts", i)
+        answers = gpt.solve(policy, TOK, questions, golds, 1.0, generator, NEW, batch=PROMPTS * GROUP)
+        assert all(len(a.ids) == NEW for a in answers)
+        prompts, completions = [TOK.prompt(q) for q in questions], [a.ids for a in answers]
+        old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)
+        rewards = grpo.checker_reward(group, answers)
+        advantages = grpo.group_advantages(rewards.view(PROMPTS, GROUP)).view(-1, 1)
+        with torch.no_grad():
+            ref_logps, _ = gpt.completion_logps(ref, prompts, completions)
+        logps, mask = gpt.completion_logps(policy, prompts, completions)
+        losses = grpo.policy_loss(logps, old_logps, advantages) + BETA * grpo.k3(logps, ref_logps)
+        update(policy, optimizer, grpo.aggregate(losses, mask, "dapo", NEW))
+
+    return trainer, step, None
+
+
+def sft_row(folder, steps):
+    examples = [(TOK.prompt(p.text), TOK.answer(text)) for p, text in task.demonstrations(BATCH * 20, 0)]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = [{"input_ids": p + a, "labels": [sft.IGNORE] * len(p) + a} for p, a in examples]
+    trainer = trl.SFTTrainer(
+        model, train_dataset=Dataset.from_list(rows), **settings(trl.SFTConfig, model, steps, BATCH)
+    )
+    ours = gpt.load_model(folder)
+    optimizer = gpt.make_optimizer(ours, LR)
+
+    def loss_of(chosen):
+        ids, labels = sft.collate([examples[j] for j in chosen], TOK.pad)
+        total, n = sft.sft_loss(ours(ids), labels)
+        return total / n
+
+    def step(i):
+        update(ours, optimizer, loss_of(gpt.batch_indices(len(examples), BATCH, i, 0)))
+
+    return trainer, step, loss_of
+
+
+def pairs():
+    found = task.preference_pairs(BATCH * 20, 0)
+    return [(TOK.prompt(p["prompt"]), TOK.answer(p["chosen"]), TOK.answer(p["rejected"])) for p in found]
+
+
+def dpo_row(folder, steps):
+    encoded = pairs()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = [{"prompt": words(p), "chosen": " " + words(c), "rejected": " " + words(r)} for p, c, r in encoded]
+    more = {"beta": 0.1, "precompute_ref_log_probs": True}
+    trainer = trl.DPOTrainer(
+        model, train_dataset=Dataset.from_list(rows), **settings(trl.DPOConfig, model, steps, BATCH, **more)
+    )
+    policy, ref = gpt.load_model(folder), gpt.load_model(folder).requires_grad_(False)
+    optimizer = gpt.make_optimizer(policy, LR)
+    ref_logps = dpo.reference_logps(ref, encoded, BATCH)
+
+    def loss_of(chosen):
+        logps, _ = dpo.pair_logps(policy, *map(list, zip(*(encoded[j] for j in chosen))))
+        return dpo.dpo_loss(*logps.split(BATCH), *ref_logps[chosen].unbind(1), 0.1)
+
+    def step(i):
+        update(policy, optimizer, loss_of(gpt.batch_indices(len(encoded), BATCH, i, 0)))
+
+    return trainer, step, loss_of
+
+
+def reward_model_row(folder, steps):
+    encoded = pairs()
+    gpt.save_model(gpt.Scorer(gpt.load_model(folder)), Path(folder) / "scorer")
+    folder = str(Path(folder) / "scorer")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    rows = [{"chosen_ids": p + c, "rejected_ids": p + r} for p, c, r in encoded]
+    trainer = trl.RewardTrainer(
+        model, train_dataset=Dataset.from_list(rows), **settings(trl.RewardConfig, model, steps, BATCH)
+    )
+    scorer = gpt.load_scorer(folder)
+    optimizer = gpt.make_optimizer(scorer, LR)
+
+    def loss_of(chosen):
+        prompts, better, worse = map(list, zip(*(encoded[j] for j in chosen)))
+        scores = gpt.final_scores(scorer, prompts + prompts, better + worse)
+        return reward_model.bradley_terry_loss(*scores.split(BATCH))
+
+    def step(i):
+        update(scorer, optimizer, loss_of(gpt.batch_indices(len(encoded), BATCH, i, 0)))
+
+    return trainer, step, loss_of
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+class Turns(TrainerCallback):
+    """Ours after each of theirs, and the seconds of both."""
+
+    def __init__(self, step):
+        self.step, self.ours, self.theirs = step, [], []
+
+    def on_train_begin(self, args, state, control, **rest):
+        self.since = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **rest):
+        ended = time.perf_counter()
+        self.step(len(self.ours))
+        self.theirs.append(ended - self.since)
+        self.since = time.perf_counter()
+        self.ours.append(self.since - ended)
+
+
+def compare(name, row, folder, steps):
+    """Make the row's two sides, check that they compute the same, let them take turns, print one line."""
+    trainer, step, loss_of = row(folder, steps + WARMUP)
+    trainer.remove_callback(PrinterCallback)
+    if loss_of:
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
+        with torch.no_grad():
+            losses = [trainer.compute_loss(trainer.model, batch).item(), loss_of(list(range(BATCH))).item()]
+        assert abs(losses[0] - losses[1]) < 1e-3, losses
+    turns = Turns(step)
+    trainer.add_callback(turns)
+    trainer.train()
+    ours, theirs = turns.ours[WARMUP:], turns.theirs[WARMUP:]
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    speeds = [1 / statistics.median(seconds) for seconds in (ours, theirs)]
+    print(f"{name:14}{speeds[0]:12.2f}{speeds[1]:12.2f}{statistics.median(ratios):10.2f} "
+          f"({min(ratios):.2f}-{max(ratios):.2f}){len(ratios):8}", flush=True)  # fmt: skip
+
+
+ROWS = {"grpo": grpo_row, "dpo": dpo_row, "sft": sft_row, "reward_model": reward_model_row}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("rows", nargs="*", help=f"which of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of GRPO that are measured; the others\n"
+                        "are shorter, and make three times as many")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
+    args = parser.parse_args()
+    for name in args.rows:
+        if name not in ROWS:
+            parser.error(f"no row {name!r}: {', '.join(ROWS)}")
+    steps = max(1, args.steps // 4) if args.quick else args.steps
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(TOK.vocab_size))
+    with torch.no_grad():
+        # No answer ends early: the end token's logit is far below all others, whatever is read.
+        model.ln_f.bias[0] = 5.0
+        model.wte.weight[TOK.end] = 0.0
+        model.wte.weight[TOK.end, 0] = -20.0
+    begun = time.time()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
+          f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
+          "steps a second\n")  # fmt: skip
+    print(f"{'':14}{'ours':>12}{'TRL':>12}{'ratio (range)':>22}{'steps':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.save_model(model, Path(folder))
+        for name in args.rows or ROWS:
+            compare(name, ROWS[name], folder, steps if name == "grpo" else 3 * steps)
+    print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these "
+          "cores makes both sides slower and the ratio less certain.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
