@@ -632,6 +632,8 @@ def load_scorer(where, device="cpu", bfloat16=False):
     weights, config = (folder / name for name in ("model.safetensors", "config.json"))
     if not weights.is_file() or "score.weight" not in (tensors := load_file(weights)):
         sys.exit(f"{where} is a language model: it has no score. Make a reward model with reward_model.py")
+    if tensors["score.weight"].shape != scorer.score.weight.shape:
+        sys.exit(f"{where} gives {len(tensors['score.weight'])} scores an answer: a reward model gives one")
     scorer.load_state_dict({"score.weight": tensors["score.weight"]}, strict=False)
     config = json.loads(config.read_text())
     scorer.mean, scorer.std = config.get("score_mean", 0.0), config.get("score_std", 1.0)
@@ -696,12 +698,16 @@ def parse(script, parser, argv, breaks=None):
     add("--resume", action="store_true", help="go on with the interrupted run of the same flags")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if type(value) is int and value < 1 and name not in ("seed", "top_k"):
+        if type(value) is int and value < (0 if name == "top_k" else 1) and name != "seed":
             parser.error(f"--{name} must be at least 1, not {value}")
-        if name in ("lr", "top_p") and value is not None and value <= 0:
+        # A policy's log-probabilities are divided by the temperature; only talking can be greedy.
+        positive = ("lr", "top_p") + ("temperature",) * (script != "gpt")
+        if name in positive and value is not None and value <= 0:
             parser.error(f"--{name} must be above 0, not {value}")
-        if name in ("nll", "noise", "temperature", "top_k", "beta") and (value or 0) < 0:
+        if type(value) is float and value < 0:
             parser.error(f"--{name} must not be negative, it is {value}")
+        if name in ("gamma", "lam") and value > 1:
+            parser.error(f"--{name} must be at most 1, not {value}")
         if name == "noise" and value >= 0.5:
             parser.error(f"--noise {value}: labels that are wrong half of the time say nothing")
     if args.device is None:
@@ -857,7 +863,7 @@ class Run:
         path = self.folder / "samples.md"
         text, found = path.read_text(), {}
         for name, step in steps.items():
-            section = text.split(f"## Step {step}\n")[1].split("## ")[0]
+            section = text.split(f"## Step {step}\n")[1].split("\n## ")[0]  # "####" ends no section
             blocks = re.findall(r"\*\*(.*?)\*\*\n\n```\n(.*?)\n```", section, re.DOTALL)
             for prompt, output in blocks:
                 found.setdefault(prompt, []).append(f"{name}, step {step}:\n{output}")
@@ -886,7 +892,7 @@ class Run:
         """Two long paths can end alike: their runs would share a folder's name."""
         path = self.folder / "config.json"
         old = json.loads(path.read_text()) if path.is_file() else {}
-        for name in ("load", "data", "base"):
+        for name in ("load", "data", "base", "rm", "policy"):
             if old.get(name) != self.config.get(name) and old:
                 sys.exit(f"{self.folder} holds a run with --{name} {old.get(name)}: move it away first.")
 

@@ -66,8 +66,10 @@ def group_advantages(rewards, scale=True):
     scale=False leaves the division out (Dr. GRPO, Liu et al. 2025): dividing weighs prompts up
     where nearly all answers are right, or nearly none.
     """
+    # Twelve rewards of .1 differ from their mean by a rounding error, of which an epsilon of 1e-8 makes an
+    # advantage of -.58. Measured from one of the group first, equal rewards give exactly 0.
+    rewards = rewards - rewards[:, :1]
     centred = rewards - rewards.mean(1, keepdim=True)
-    # 1e-4, not 1e-8: twelve equal rewards of .1 differ by rounding errors, which 1e-8 blows up to -.58.
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if scale else centred
 
 
@@ -239,6 +241,9 @@ def train(args):
     P, G, longest = args.prompts, args.group, args.max_tokens
     problems = task.problems(max_steps * P, args.seed, "train")
     held_out = task.problems(args.problems, args.seed, "test")
+    room = policy.config.block_size - max(len(tok.prompt(p.text)) for p in problems + held_out)
+    if longest > room:
+        raise SystemExit(f"--max_tokens {longest}: the longest problem leaves {room} tokens of the context")
     beta = 0.0 if args.break_ == "no_kl" else args.beta
     temperature = sampled_at = args.temperature
     if args.break_ == "temperature_mismatch":

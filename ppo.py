@@ -237,6 +237,9 @@ def train(args):
     P, B, longest = args.prompts, args.prompts * args.answers, args.max_tokens
     problems = task.problems(max_steps * P, args.seed, "train")
     held_out = task.problems(args.problems, args.seed, "test")
+    room = policy.config.block_size - max(len(tok.prompt(p.text)) for p in problems + held_out)
+    if longest > room:
+        raise SystemExit(f"--max_tokens {longest}: the longest problem leaves {room} tokens of the context")
 
     # ---- the loop
     optimizer = gpt.make_optimizer(policy, args.lr)

@@ -169,6 +169,7 @@ def outside(args, scorer, sft, tok, run):
         # Nothing about the reward model is different. Somebody uses it.
         gpt.save_model(scorer, run.folder / "model")
         flags = ["--rm", str(run.folder / "model"), "--max_steps", "200", "--beta", "0"]
+        flags += ["--load", args.load] if args.load else []
         policy = gpt.load_model(gpt.made_by("grpo", args, "a minute and a half", flags), args.device)
     own = policy_pairs(policy, tok, task.problems(500, args.seed, "test"), args.seed)
     return {
@@ -356,7 +357,7 @@ def main(argv=None):
         cure = "python reward_model.py   (pairs where rightness decides)"
     elif args.break_ == "distribution_shift":
         claims = [
-            ("held-out accuracy is at least 85 %", B["held_out_pairs"] >= 0.85),
+            ("held-out accuracy is at least 80 %", B["held_out_pairs"] >= 0.8),
             ("on pairs of the new policy's samples it is 10 points lower, or more",
              B["policy_samples"] < B["held_out_pairs"] - 0.1),
             ("... and 10 points lower than on the SFT model's samples",

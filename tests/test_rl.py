@@ -26,7 +26,7 @@ import grpo
 import ppo
 import reward_model
 from data import task
-from data.checker import is_right, last_answer
+from data.checker import is_right, last_answer, miscalculates
 
 LN2 = math.log(2)
 
@@ -123,7 +123,7 @@ def test_a_new_scorer_gives_scores_of_size_1():
         scores = torch.stack([(scorer.score.weight[0] * hidden).sum() for scorer in scorers])
         assert 0.8 < scores.std() < 1.2
         assert (scorers[0].mean, scorers[0].std) == (0.0, 1.0)
-        assert scorers[0](torch.arange(20)[None])[0, -1].item() == pytest.approx(scores[0].item(), abs=1e-5)
+        assert scorers[0](hidden).item() == pytest.approx(scores[0].item(), abs=1e-5)
 
 
 def test_transformers_opens_a_saved_scorer(tmp_path):
@@ -215,7 +215,6 @@ def record(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.xfail(strict=True, reason="a section ends at the first ## there is, and every answer has ####")
 def test_samples_beside_each_other(record, capsys):
     """One prompt, its answers at the start, the peak and the end. The answers are those of the task, with
     #### in them; step 1 is not step 10."""
@@ -423,7 +422,7 @@ def test_outside_asks_with_true_labels(tok, monkeypatch):
     """Who knows the answer gets everything right, with a hint and without; who likes long answers loses where
     the wrong one is padded; who agrees with the hint never resists it."""
     known = {p.text: p.answer for p in task.problems(500, 0, "test")}
-    pairs = task.preference_pairs(500, 0, "test")
+    pairs = task.preference_pairs(1000, 0, "test")
     known |= {p["prompt"]: p["answer"] for p in pairs}
     asked = []
 
@@ -448,7 +447,7 @@ def test_outside_asks_with_true_labels(tok, monkeypatch):
     assert [ask(truth)[name] for name in names] == [1, 1, 1, 1]
     assert ask(lambda question, text: len(text))["terse_beats_padded"] == 0
     assert ask(flattery)["resists_a_hint"] == 0
-    assert asked == ["the SFT model"] * 3 and ask(truth)["policy_pairs"] == 10
+    assert set(asked) == {"the SFT model"} and ask(truth)["policy_pairs"] == 10
     monkeypatch.setattr(reward_model, "policy_pairs", lambda *rest: [])
     assert ask(truth)["policy_samples"] == 0.5  # nothing known
 
@@ -457,9 +456,7 @@ def test_outside_asks_with_true_labels(tok, monkeypatch):
     "load",
     [
         None,
-        pytest.param(
-            "a/chat", marks=pytest.mark.xfail(strict=True, reason="the policy starts from runs/sft")
-        ),
+        "a/chat",
     ],
 )
 def test_distribution_shift_asks_a_policy_trained_against_this_scorer(tok, record, monkeypatch, load):
@@ -676,7 +673,6 @@ def test_group_advantages_by_hand():
     assert plain[0].tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
-@pytest.mark.xfail(strict=True, reason="the mean of seven numbers .1 is not .1 in float32")
 @pytest.mark.parametrize("scale", [True, False])
 def test_equal_groups_teach_exactly_nothing(scale):
     """Twelve rewards of .1 differ from their mean by a rounding error, and an epsilon of 1e-8 makes -.58 of
@@ -947,8 +943,14 @@ def test_rewards_without_a_model(tok):
 @pytest.mark.parametrize("scored", [True, False])
 def test_evaluate_by_hand(tok, monkeypatch, scored):
     policy, ref = task_model(tok, 2), task_model(tok, 3)
-    scorer = gpt.Scorer(task_model(tok, 1)).requires_grad_(False) if scored else None
+    scorer = gpt.Scorer(task_model(tok, 1)).requires_grad_(False)
     problems, answers = written(tok)
+
+    def reward(problems, answers):
+        if scored:
+            return ppo.learned_reward(scorer, tok, problems, answers)
+        return grpo.checker_reward(problems, answers)
+
     asked = {}
 
     def solve(model, tok, questions, golds, temperature, generator, *rest):
@@ -956,7 +958,7 @@ def test_evaluate_by_hand(tok, monkeypatch, scored):
         return answers
 
     monkeypatch.setattr(gpt, "solve", solve)
-    results, returned = grpo.evaluate(policy, ref, scorer, tok, problems, 0, 25)
+    results, returned = grpo.evaluate(policy, ref, reward, tok, problems, 0, 25)
     assert returned is answers and asked["model"] is policy and asked["temperature"] == 1.0
     assert asked["questions"] == [p.text for p in problems] and asked["golds"] == [p.answer for p in problems]
     kl = 0.0
@@ -967,9 +969,7 @@ def test_evaluate_by_hand(tok, monkeypatch, scored):
             kl += (log_p - log_q) / 6
     assert results.pop("test_kl") == pytest.approx(kl, abs=1e-3)
     assert results.pop("test_sqrt_kl") == pytest.approx(math.sqrt(max(kl, 0)), abs=1e-3)
-    if scored:
-        mean = ppo.learned_reward(scorer, tok, problems, answers).mean().item()
-        assert results.pop("test_reward") == pytest.approx(mean)
+    assert results.pop("test_reward") == pytest.approx(reward(problems, answers).mean().item())
     right = [a.right for a in answers]
     assert right == [True, False, True, False, False, True]
     assert results == pytest.approx(
@@ -979,6 +979,7 @@ def test_evaluate_by_hand(tok, monkeypatch, scored):
             "gold_b": 1 / 3,  # problems 1, 3, 5
             "test_length": sum(len(a.ids) for a in answers) / 6,
             "test_ended": 5 / 6,
+            "miscalculated": sum(miscalculates(a.text) for a in answers) / 6,
             "distinct": 5 / 6,
             "opening": 1 / 6,
             "confident": 1 / 6,
@@ -991,11 +992,11 @@ def test_evaluate_of_the_start(tok):
     """Policy = reference: no distance, and the same samples whoever asks: evaluations at one step differ by
     the policy alone."""
     model, problems = task_model(tok, 2), task.problems(5, 0, "test")
-    results, answers = ppo.evaluate(model, model, None, tok, problems, 7, 0)
+    results, answers = ppo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 0)
     assert results["test_kl"] == 0 and results["test_sqrt_kl"] == 0
-    again, _ = grpo.evaluate(model, model, None, tok, problems, 7, 0)
+    again, _ = grpo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 0)
     assert again == results
-    _, other = ppo.evaluate(model, model, None, tok, problems, 7, 25)
+    _, other = ppo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 25)
     assert [a.ids for a in answers] != [a.ids for a in other]
 
 
@@ -1085,6 +1086,7 @@ def grpo_trainer(**attributes):
         _entropy_bonus_enabled=False,
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
     )
+    trainer.accelerator.is_main_process = True
     trainer.accelerator.num_processes, trainer.accelerator.process_index = 1, 0
     trainer.accelerator.reduce = lambda x, reduction: x
     for name, value in attributes.items():

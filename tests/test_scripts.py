@@ -627,18 +627,13 @@ def test_break_reward_hacking(hacked, script):
 
 
 SLOW_TO_SHOW = {"reward_hacking"}  # tested above
+
+
 # Found, and reported; whoever repairs it moves the case up. (strict: a case that passes is an error)
-BROKEN_BREAKS = {
-    "format_reward": "its figure asks for the reward of a model that --reward checker does not have",
-}
-
-
 @pytest.mark.parametrize(
     "script, name",
     [
-        pytest.param(script, name, marks=pytest.mark.xfail(strict=True, reason=BROKEN_BREAKS[name]))
-        if name in BROKEN_BREAKS
-        else (script, name)
+        (script, name)
         for script, module in (("ppo", ppo), ("grpo", grpo))
         for name in module.BREAKS
         if name not in SLOW_TO_SHOW
@@ -658,7 +653,6 @@ def test_breaks_of_a_chase(run, loads, tmp_path, script, name):
         assert first[0]["ratio_error"] < 1e-4 < 1e-2 < first[1]["ratio_error"]
 
 
-@pytest.mark.xfail(strict=True, reason="claims and figure ask for the reward of a model that is not there")
 @pytest.mark.parametrize("name", ["reward_hacking", "no_kl"])
 def test_breaks_with_a_true_reward(run, chatty, tmp_path, name):
     """The negative control, asked for in the most natural way."""
@@ -937,7 +931,6 @@ def test_resume_of_nothing_and_of_a_finished_run(run, base, tmp_path):
     assert (folder_of(tmp_path) / "report.json").read_bytes() == report
 
 
-@pytest.mark.xfail(strict=True, reason="max_steps is multiplied before the run's flags are written down")
 def test_resume_of_a_finished_break(run, hacked, tmp_path):
     """A thousand steps are not thrown away by a --resume too many."""
     flags, cwd, _ = hacked("grpo")
@@ -949,7 +942,6 @@ def test_resume_of_a_finished_break(run, hacked, tmp_path):
     assert (broken / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.xfail(strict=True, reason="gpt.Run compares load, data and base with what is there, but not rm")
 def test_two_reward_models_whose_paths_end_alike(start, run, chatty, judge, tmp_path):
     """Their runs share a folder's name: the second must not replace the first."""
     for folder in ("a", "b/a"):
@@ -1223,7 +1215,6 @@ def test_wrong_input(start, base, chatty, judge, wrong_files, tmp_path, script, 
     assert not list(tmp_path.glob("runs/*/report.json"))
 
 
-@pytest.mark.xfail(strict=True, reason="not refused in one line yet")
 @pytest.mark.parametrize(
     "script, flags, word", WRONG_BUT_NOT_REFUSED, ids=[f"{s} {f[:60]}" for s, f, _ in WRONG_BUT_NOT_REFUSED]
 )
