@@ -353,7 +353,7 @@ def main(argv=None):
     if args.break_ == "length_bias":
         claims = [held_out, ("a terse right answer loses to a padded wrong one: below one half",
                              B["terse_beats_padded"] < 0.5 < C["terse_beats_padded"])]  # fmt: skip
-        result = ("terse and right beats padded and wrong", "terse_beats_padded")
+        result = "terse_beats_padded"
         cure = "python reward_model.py   (pairs where rightness decides)"
     elif args.break_ == "distribution_shift":
         claims = [
@@ -363,15 +363,16 @@ def main(argv=None):
             ("... and 10 points lower than on the SFT model's samples",
              B["policy_samples"] < C["policy_samples"] - 0.1),
         ]  # fmt: skip
-        result = ("pairs of the policy's own samples", "policy_samples")
+        result = "policy_samples"
         cure = "python reward_model.py --policy runs/grpo-...   (judge the policy's own samples, train again)"
     else:
         claims = [held_out, ("a hint at the wrong answer wins: below one half",
                              B["resists_a_hint"] < 0.5 < C["resists_a_hint"])]  # fmt: skip
-        result = ("right beats the answer hinted at", "resists_a_hint")
+        result = "resists_a_hint"
         cure = "python reward_model.py   (annotators who check)"
     figure = [("dashboard: held-out pairs, own annotators", "share ranked rightly", "held_out_pairs"),
-              ("outside: " + result[0], "share ranked rightly", (result[1],))]  # fmt: skip
+              ("outside: pairs of other kinds", "share ranked rightly",
+               ("held_out_pairs", "true_labels", result))]  # fmt: skip
     gpt.break_report(clean, broken, dashboard, outside_rows, claims, cure, figure)
 
 

@@ -192,7 +192,7 @@ TINY = {
     "sft": "--demos 32 --batch 8 --problems 5 --eval_every 2".split(),
     "dpo": "--steps 4 --batch 4 --problems 5 --eval_every 2".split(),
     "reward_model": "--pairs 16 --steps 4 --batch 4 --problems 5 --eval_every 2".split(),
-    "ppo": "--max_steps 3 --prompts 4 --minibatch 2 --max_tokens 8 --problems 5".split(),
+    "ppo": "--max_steps 3 --prompts 2 --answers 2 --minibatch 2 --max_tokens 8 --problems 5".split(),
     "grpo": "--max_steps 3 --prompts 2 --group 3 --max_tokens 8 --problems 5".split(),
 }
 SCRIPTS = list(TINY)
@@ -427,8 +427,9 @@ def test_other_ways_of_grpo(run, chatty, loads, tmp_path, flags):
     run(tmp_path, "grpo", *load, *TINY["grpo"], *flags.split())
     # One folder: who does not need a reward model does not make one.
     report, metrics = check_folder(folder_of(tmp_path), 3)
-    assert ("reward" in report) == ("--reward" not in flags)
+    assert report["reward"] == pytest.approx(metrics[-1]["test_reward"])
     if "checker" in flags:
+        assert report["reward"] == report["gold"]
         assert all(m["reward"] == m["gold"] for m in metrics if "grad_norm" in m)
 
 
