@@ -320,7 +320,7 @@ def train(args):
     model = gpt.load_model(args.load or gpt.made_by("gpt", args, "a minute and a half"), args.device,
                            args.dtype == "bfloat16")  # fmt: skip
     tok = gpt.Tokenizer(model.config.tokenizer)
-    if not args.load:
+    if not model.config.chat:
         wake_up(model, tok, args.seed)
     run = gpt.Run(args)
 
@@ -340,10 +340,11 @@ def train(args):
     if args.break_ == "unsafe_eval":
         tool = eval_call
     if args.break_ == "faulty_tool":
-        coin = random.Random(f"faulty tool {args.seed}")
 
         def tool(expression, prices):
             result = answer_call(expression, prices)
+            # The coin belongs to the call, not to the order of calls: a resumed run sees the same faults.
+            coin = random.Random(f"faulty tool {args.seed} {expression} {prices}")
             if result.isdigit() and coin.random() < 0.1:
                 return str(int(result) + coin.randint(1, 9))  # looks like any other number
             return result

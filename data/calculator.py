@@ -115,8 +115,9 @@ def annotations(name, solutions):
             try:
                 ours = calculate(expression)
                 same = Fraction(ours) == Fraction(theirs)  # ValueError where theirs is no number
-                kind = ("identical" if ours == theirs else "the same number, written otherwise") if same else (
-                    "another number")  # fmt: skip
+                kind = "the same number, written otherwise" if same else "another number"
+                if ours == theirs:
+                    kind = "identical"
             except CallError as error:
                 kind = f"refused: {error}"
             except (ValueError, ZeroDivisionError):
