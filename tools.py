@@ -299,9 +299,9 @@ def wake_up(model, tok, seed):
     """New vectors for the tokens that the base model has never met: numbers above 60, letters, `<<`.
 
     Pretraining did not leave them as they were. They stood in every softmax as an answer that was never
-    right, so all were pushed into one direction, the same for all: to the model they are one
-    word now, and it copies none of them. Drawn anew like the vectors it knows, they can be told apart, and
-    the copying that it has learned works on them within a few hundred steps instead of thousands.
+    right, so all were pushed into one direction, the same for all: their vectors are nearly one
+    vector, and who cannot tell two tokens apart cannot copy either. Drawn anew like the vectors that the
+    model knows they are different again.
     """
     seen = {
         i for step in range(100) for row in gpt.packed_rows(tok, seed, step, 16, 64).tolist() for i in row

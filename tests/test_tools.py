@@ -520,7 +520,7 @@ def test_the_model_cannot_write_result_tags():
     tags = tools.result_tags(TOK)
     assert set(tags) == {CLOSE, *TOK.encode(">")} and len(tags) == 2
     calls = 0
-    for seed in range(6):
+    for seed in range(12):
         _, _, ids, masks, answers = random_run(1.0, seed)
         for row, (completion, mask) in enumerate(zip(ids, masks)):
             assert not any(i in tags for i, m in zip(completion, mask) if m)
