@@ -236,7 +236,7 @@ def ask(model, tok, problems, tool, temperature, generator, batch=250):
         for ids, p in zip(completions, some):
             ended = ids[-1] == tok.end
             text = tok.decode(ids[:-1] if ended else ids)
-            answers.append(gpt.Answer(text, ids, ended, is_right(text, p.answer)))
+            answers.append(gpt.Answer(text, ids, None, ended, is_right(text, p.answer)))
     return answers
 
 

@@ -1,14 +1,10 @@
-"""Tests of tools.py: the calculator under fuzzing and attack, the second writer, the masks, the task.
-
-The slow ones at the end: the breaks' signatures at their documented size, on a seed nothing was tuned on.
-"""
+"""Tests of tools.py: the calculator under fuzzing and attack, the second writer, the masks, the task."""
 
 import ast
 import json
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -241,7 +237,7 @@ def limited(text):
 
 
 def test_known_attacks(tmp_path, monkeypatch):
-    """None is run: an error or a plain number comes out, at once, in little memory, and nothing has changed."""
+    """None is run: an error or a plain number comes out, at once, in little memory; nothing has changed."""
     monkeypatch.chdir(tmp_path)
     limited("1.5*(2+3)")  # what is imported or compiled at the first call belongs to no attack
     before = dict(os.environ), set(sys.modules), sys.getrecursionlimit()
@@ -350,8 +346,14 @@ def test_annotations_name_the_kinds(capsys):
         "",
     ]
     agreeing, kinds = calculator.annotations("mine", solutions)
-    assert agreeing == 4 and kinds == {"identical": 1, "the same number, written otherwise": 1, "another number": 1,
-        "refused: ?syntax": 1, "the result is no number": 1, "refused: ?zero": 1}  # fmt: skip
+    assert agreeing == 4 and kinds == {
+        "identical": 1,
+        "the same number, written otherwise": 1,
+        "another number": 1,
+        "refused: ?syntax": 1,
+        "the result is no number": 1,
+        "refused: ?zero": 1,
+    }
     assert "4 of 8" in capsys.readouterr().out
 
 
@@ -609,7 +611,7 @@ def test_mask_sum_is_the_number_of_sampled_tokens():
 
 
 def test_scored_as_sampled():
-    """own_logps: the distribution that was drawn from, without the result tags; the model is left as it was."""
+    """own_logps: the distribution that was drawn from, without the result tags; the model stays as it was."""
     model, prompts, ids, masks, _ = random_run(1.0, 3)
     logps = tools.own_logps(model, TOK, prompts, ids)
     tags = tools.result_tags(TOK)
@@ -702,50 +704,3 @@ def test_wrong_input(base, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as error:
             tools.main(flags)
         assert word in str(error.value)
-
-
-# --- the signatures ---
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("breaks")
-
-
-def report_of(folder, name, flags=()):
-    """Run a break as a reader would and return (clean report, broken report, what was printed)."""
-    command = [sys.executable, str(REPO / "tools.py"), "--break", name, "--seed", str(SEED), *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    runs = folder / "runs"
-    (broken,) = [path for path in runs.glob(f"tools-{name}*seed={SEED}*")]
-    clean = runs / broken.name.replace(f"-{name}", "")
-    assert (broken / "figure.png").stat().st_size > 5000
-    return *(json.loads((path / "report.json").read_text()) for path in (clean, broken)), done.stdout
-
-
-@pytest.mark.slow
-def test_with_and_without(folder):
-    command = [sys.executable, str(REPO / "tools.py"), "--seed", str(SEED)]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=os.environ)
-    clean, plain = (
-        json.loads((folder / "runs" / f"tools{name}-seed={SEED}" / "report.json").read_text())
-        for name in ("", "-plain=True")
-    )
-    for key in ("right_greedy", "right_sampled", "sums"):
-        assert clean[key] > plain[key] + 0.4, key
-    assert clean["valid"] > 0.95 and clean["wrong_results"] == 0 and clean["canary"] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["hallucinated_result", "unsafe_eval"])
-def test_required_signatures(folder, name):
-    _, broken, printed = report_of(folder, name)
-    assert broken["reproduced"], printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["unmasked_result", "faulty_tool", "tool_overuse"])
-def test_reported_either_way(folder, name):
-    _, broken, printed = report_of(folder, name)
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
