@@ -1253,7 +1253,7 @@ def test_real_data(run, tmp_path, name):
     assert "calibration on held-out pairs: " in job.out
     report, metrics = check_folder(folder_of(tmp_path), 2)
     assert all(0 <= m["held_out_pairs"] <= 1 for m in metrics if "held_out_pairs" in m)
-    assert 0 < report["longer_chosen"] < 1
+    assert 0 <= report["longer_chosen"] <= 1  # of a handful of pairs
     assert "terse_beats_padded" not in report  # nobody knows the right answers here
     assert "(score " in (folder_of(tmp_path) / "samples.md").read_text()
     scorer = gpt.load_scorer(str(folder_of(tmp_path)))
