@@ -289,7 +289,9 @@ def train(args):
         f"says {said:.0%} of {n}: right {true:.0%}" for n, said, true in calibration(margins)))  # fmt: skip
     if given:
         # The zero and the unit, from the answers that the score will be used on first.
-        scorer.mean, scorer.std = scores.mean().item(), max(scores.std().item(), 1e-6)
+        scorer.mean = scores.mean().item()
+        if len(scores) > 1:  # one answer has no spread
+            scorer.std = max(scores.std().item(), 1e-6)
     if problems:
         right = torch.tensor([a.right for a in answers], device=scores.device).float()
         report["corr_right"] = correlation(scores, right)
