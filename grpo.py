@@ -88,7 +88,7 @@ def k3(logps, ref_logps):
     """Schulman's estimator of KL(pi || pi_ref) per token, never negative. (B, N) -> (B, N)
 
     expm1, because e^d - 1 loses all digits near d = 0, where training starts. The sign of d matters: with
-    d reversed this pays for divergence.
+    d reversed its mean is no longer the KL.
     """
     d = ref_logps - logps
     return torch.expm1(d) - d
