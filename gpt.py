@@ -539,6 +539,13 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
+READ = {}  # the model files that this process has read, {path: checksum}: see Run.finished
+
+
+def checksum(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
 def write_atomically(path, write):
     """Call write(temporary path), then rename: whoever reads `path` finds the old file or the new
     one, never half of one, whenever the power goes."""
@@ -613,6 +620,7 @@ def load_model(where, device="cpu", bfloat16=False):
             w = loaded["transformer." + name if "transformer." + name in loaded else name]
             weights[name] = w.t() if name.endswith(TRANSPOSED) else w
         model.load_state_dict(weights)
+        READ[str(paths[1])] = checksum(paths[1])
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         cause = " ".join(str(error).split())[:200]
         sys.exit(f"{where} is not a GPT-2 checkpoint that can be read: {type(error).__name__}: {cause}")
@@ -778,8 +786,12 @@ class Run:
             return [json.loads(line) for line in file]
 
     def finished(self):
-        """True if this very run, same flags and same code, is on disk."""
-        return self.report is not None and self.report["config"] == self.config
+        """True if this very run is on disk: same flags, same code, and from models that are still the same.
+        Who trains the reward model anew must not be shown what chased the old one."""
+        if self.report is None or self.report["config"] != self.config:
+            return False
+        models = self.report["models"].items()
+        return all(Path(path).is_file() and checksum(path) == known for path, known in models)
 
     def steps(self, total, model, optimizer, save_every=50, show=("loss",)):
         """Yield 0, 1, ..., total, with everything around a training loop that is not training.
@@ -877,7 +889,7 @@ class Run:
         save_model(model, self.folder / "model")
         results["seconds"] = round(self.seconds + time.time() - self.started, 1)
         results["peak_gb"] = peak_memory()
-        report = {"config": self.config, **results}
+        report = {"config": self.config, "models": READ, **results}
         text = json.dumps(report, indent=2)
         write_atomically(self.folder / "report.json", lambda path: path.write_text(text))
         # The training state, and what kills in the middle of writing it have left behind.

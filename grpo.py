@@ -29,6 +29,8 @@ worse. (Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5)
     k1_kl_loss      the leash as the mean of log pi - log pi_ref, an unbiased estimate of the KL divergence.
                     As a *reward* that works. As a *loss* its expected gradient is zero: no leash at all.
     temperature_mismatch  sampled at temperature 0.6, scored at 1: pi_old is not what was sampled from.
+    length_norm     the mean over each answer's own tokens: a token of a long answer weighs less, so a long
+                    wrong answer is let off lightly. (Liu et al. 2025, section 3.1)
 
 How to read the log. A GRPO loss near 0 is expected: at the first update of a batch rho is 1 and the
 advantages of a group sum to 0. Watch the reward. `kl` is the mean over answers of log pi - log pi_ref,
@@ -52,6 +54,7 @@ BREAKS = {
     "format_reward": "a bonus for showing work beside the exact checker: easier to earn than rightness",
     "k1_kl_loss": "k1 instead of k3 as the loss: a leash whose expected gradient is zero",
     "temperature_mismatch": "sampled at 0.6, scored at 1: the ratio is not 1 at the first step",
+    "length_norm": "1/length in the loss: long wrong answers are let off lightly, and lengthen",
 }
 BREAK_STEPS = 250  # of both runs, for all breaks but reward_hacking: time for the mistake to show
 
@@ -157,12 +160,15 @@ def evaluate(policy, ref, reward, tok, problems, seed, step):
         kl += (gpt.completion_logps(policy, *some)[0] - gpt.completion_logps(ref, *some)[0]).sum().item()
     right = torch.tensor([float(a.right) for a in answers])
     n = len(answers)
+    lengths = {side: [len(a.ids) for a in answers if a.right is side] for side in (True, False)}
     results = {
         "test_gold": right.mean().item(),
         "test_reward": reward(problems, answers).mean().item(),
         "test_kl": kl / n,
         "test_sqrt_kl": max(kl / n, 0) ** 0.5,
         "test_length": sum(len(a.ids) for a in answers) / n,
+        "length_right": sum(lengths[True]) / max(1, len(lengths[True])),
+        "length_wrong": sum(lengths[False]) / max(1, len(lengths[False])),
         "test_ended": sum(a.ended for a in answers) / n,
         "gold_a": right[::2].mean().item(),
         "gold_b": right[1::2].mean().item(),
@@ -245,6 +251,10 @@ def train(args):
     if longest > room:
         raise SystemExit(f"--max_tokens {longest}: the longest problem leaves {room} tokens of the context")
     beta = 0.0 if args.break_ == "no_kl" else args.beta
+    clip_high = args.clip if args.clip_high is None else args.clip_high
+    averaged = args.loss
+    if args.break_ == "length_norm":
+        averaged = "grpo"  # "every answer counts the same": as in the paper that named the algorithm
     temperature = sampled_at = args.temperature
     if args.break_ == "temperature_mismatch":
         sampled_at = 0.6  # "sharper samples are better samples"; the scoring pass does not hear of it
@@ -282,11 +292,11 @@ def train(args):
         # ---- updates: one per batch of rollouts is on-policy; with more the ratio leaves 1 and may clip
         for _ in range(args.epochs):
             logps, mask = gpt.completion_logps(policy, prompts, completions, temperature)  # (B, N)
-            losses = policy_loss(logps, old_logps, advantages, args.clip, args.clip_high or args.clip)
+            losses = policy_loss(logps, old_logps, advantages, args.clip, clip_high)
             penalty = k3(logps, ref_logps)
             if args.break_ == "k1_kl_loss":
                 penalty = logps - ref_logps  # "KL is the mean of log pi - log pi_ref", and so it is
-            loss = aggregate(losses + beta * penalty, mask & ended, args.loss, longest)
+            loss = aggregate(losses + beta * penalty, mask & ended, averaged, longest)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -303,9 +313,7 @@ def train(args):
                 loss=loss,
                 grad_norm=grad_norm,
                 ratio_error=(ratio - 1).abs().mean(),
-                clip_fraction=((ratio < 1 - args.clip) | (ratio > 1 + (args.clip_high or args.clip)))
-                .float()
-                .mean(),
+                clip_fraction=((ratio < 1 - args.clip) | (ratio > 1 + clip_high)).float().mean(),
                 equal_groups=(rewards.view(P, G).std(1) == 0).float().mean(),
                 length=mask.sum(1).float().mean(),
                 ended=ended.float().mean(),
@@ -356,8 +364,8 @@ def main(argv=None):
         return
     if args.break_ != "reward_hacking" and args.max_steps == 10:
         argv = [*argv, "--max_steps", str(BREAK_STEPS)]
-    if args.break_ == "format_reward":
-        argv = [*argv, "--reward", "checker"]
+    if args.break_ in ("format_reward", "length_norm"):
+        argv = [*argv, "--reward", "checker"]  # what is broken here is broken with a true reward as well
     args = gpt.parse("grpo", parser(), argv, BREAKS)
     clean, broken = gpt.clean_and_broken(train, args)
     C, B = clean.report, broken.report
@@ -380,6 +388,8 @@ def main(argv=None):
         "   ... at the peak  ": "peak_miscalculated",
         "   ... at the end  ": "end_miscalculated",
         "different answers": "distinct",
+        "tokens of a right answer, at the end": "length_right",
+        "tokens of a wrong answer, at the end": "length_wrong",
     }
     panels = [
         ("dashboard: reward", "held-out problems", "test_reward"),
@@ -411,6 +421,14 @@ def main(argv=None):
         ]
         panels[0] = ("dashboard: |ratio - 1|", "mean over tokens", "ratio_error")
         cure = "python grpo.py   (one temperature for sampling and scoring)"
+    elif args.break_ == "length_norm":
+        claims = [
+            ("wrong answers end 5 % longer than in the clean run, or more",
+             B["length_wrong"] > 1.05 * C["length_wrong"]),
+            ("right answers do not", B["length_right"] < 1.05 * C["length_right"]),
+        ]  # fmt: skip
+        panels[0] = ("outside: wrong answers", "tokens", "length_wrong")
+        cure = "python grpo.py --loss dapo   (the default: a token is a token; or --loss dr_grpo)"
     else:
         claims = [
             ("farther from the reference: KL at least 1.5 times", B["kl"] > 1.5 * C["kl"]),

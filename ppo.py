@@ -114,6 +114,12 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return masked_mean(0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
+def explained_variance(returns, values):
+    """(M,), (M,) -> scalar. 1: the values foresaw the returns; 0: no better than a constant; < 0: worse."""
+    # Of the population, not of a sample: a batch of one token has no sample variance, and NaN stops the run.
+    return 1 - (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)
+
+
 def adapt(beta, kl, target, answers):
     """Ziegler et al. 2019, section 2.2: a stronger leash where the policy is farther away than wanted, by at
     most 20 % in 10000 answers. kl and target: nats an answer."""
@@ -156,12 +162,15 @@ def evaluate(policy, ref, reward, tok, problems, seed, step):
         kl += (gpt.completion_logps(policy, *some)[0] - gpt.completion_logps(ref, *some)[0]).sum().item()
     right = torch.tensor([float(a.right) for a in answers])
     n = len(answers)
+    lengths = {side: [len(a.ids) for a in answers if a.right is side] for side in (True, False)}
     results = {
         "test_gold": right.mean().item(),
         "test_reward": reward(problems, answers).mean().item(),
         "test_kl": kl / n,
         "test_sqrt_kl": max(kl / n, 0) ** 0.5,
         "test_length": sum(len(a.ids) for a in answers) / n,
+        "length_right": sum(lengths[True]) / max(1, len(lengths[True])),
+        "length_wrong": sum(lengths[False]) / max(1, len(lengths[False])),
         "test_ended": sum(a.ended for a in answers) / n,
         "gold_a": right[::2].mean().item(),
         "gold_b": right[1::2].mean().item(),
@@ -314,7 +323,7 @@ def train(args):
             grad_norm=grad_norm,
             clip_fraction=sum(clipped) / len(clipped),
             approx_kl=sum(approx_kl) / len(approx_kl),
-            explained_variance=1 - (returns - old_values)[mask].var() / (returns[mask].var() + 1e-8),
+            explained_variance=explained_variance(returns[mask], old_values[mask]),
             length=mask.sum(1).float().mean(),
             unfinished=1 - sum(a.ended for a in answers) / B,
             beta=agent.beta.clone(),
@@ -388,6 +397,8 @@ def main(argv=None):
         "   ... at the peak  ": "peak_miscalculated",
         "   ... at the end  ": "end_miscalculated",
         "different answers": "distinct",
+        "tokens of a right answer, at the end": "length_right",
+        "tokens of a wrong answer, at the end": "length_wrong",
     }
     panels = [
         ("dashboard: reward", "held-out problems", "test_reward"),

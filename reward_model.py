@@ -156,12 +156,13 @@ def outside(args, scorer, sft, tok, run):
         ]
         return accuracy(pair_margins(scorer, encoded)) if pairs else 0.5
 
-    held_out = task.preference_pairs(1000, args.seed, "test")  # careful annotators: right against wrong
+    # Careful annotators: right against wrong.
+    held_out = task.preference_pairs(2 * args.problems, args.seed, "test")
     # The wrong side either miscalculates or has misread the problem. Which of the two does the score see?
     slips = [p for p in held_out if miscalculates(p["rejected"])]
     rng = random.Random(f"outside {args.seed}")
     padded = []
-    for problem in task.problems(500, args.seed, "test"):
+    for problem in task.problems(args.problems, args.seed, "test"):
         right, wrong = terse_or_padded(problem, rng)
         padded.append({"prompt": problem.text, "chosen": right, "rejected": wrong})
     policy = sft
@@ -171,7 +172,7 @@ def outside(args, scorer, sft, tok, run):
         flags = ["--rm", str(run.folder / "model"), "--max_steps", "200", "--beta", "0"]
         flags += ["--load", args.load] if args.load else []
         policy = gpt.load_model(gpt.made_by("grpo", args, "a minute and a half", flags), args.device)
-    own = policy_pairs(policy, tok, task.problems(500, args.seed, "test"), args.seed)
+    own = policy_pairs(policy, tok, task.problems(args.problems, args.seed, "test"), args.seed)
     return {
         "true_labels": share_right(held_out),
         "misreadings": share_right([p for p in held_out if p not in slips]),
@@ -215,7 +216,7 @@ def train(args):
         if args.break_ == "length_bias":
             annotator = "length"  # a crowd paid by the hour, a guideline that says "be thorough"
         pairs = task.preference_pairs(args.pairs, args.seed, annotator=annotator)
-        held_out = task.preference_pairs(1000, args.seed, "test", annotator=annotator)
+        held_out = task.preference_pairs(2 * args.problems, args.seed, "test", annotator=annotator)
         problems = task.problems(args.problems, args.seed, "test")
         if args.policy:
             # The cure for a shift of distribution: half of the verdicts are about the policy's own answers.
@@ -318,7 +319,8 @@ def parser():
     add("--batch", type=int, help="pairs a step (default 16; with --data 8)")
     add("--lr", type=float, help="(default 1e-3; GPT-2 and larger 1e-5)")
     add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut")
-    add("--problems", type=int, default=500, help="held-out problems whose answers are scored")
+    add("--problems", type=int, default=500, help="held-out problems whose answers are scored;\n"
+        "twice as many held-out pairs")
     add("--eval_every", type=int, default=250, help="steps between evaluations")
     return p
 # fmt: on

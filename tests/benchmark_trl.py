@@ -40,6 +40,7 @@ import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: all weights are random
+os.environ["TQDM_DISABLE"] = "1"  # TRL's and datasets' progress bars: the table is to be read
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tokenizers
@@ -208,8 +209,7 @@ def reward_model_row(folder, steps):
 
     def loss_of(chosen):
         prompts, better, worse = map(list, zip(*(encoded[j] for j in chosen)))
-        scores = gpt.final_scores(scorer, prompts + prompts, better + worse)
-        return reward_model.bradley_terry_loss(*scores.split(BATCH))
+        return reward_model.bradley_terry_loss(*reward_model.pair_scores(scorer, prompts, better, worse))
 
     def step(i):
         update(scorer, optimizer, loss_of(gpt.batch_indices(len(encoded), BATCH, i, 0)))

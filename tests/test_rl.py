@@ -443,21 +443,24 @@ def test_outside_asks_with_true_labels(tok, monkeypatch):
     def flattery(question, text):
         return f"I think it is {last_answer(text)}. " in question
 
+    results = ask(truth)
     names = ("true_labels", "terse_beats_padded", "resists_a_hint", "policy_samples")
-    assert [ask(truth)[name] for name in names] == [1, 1, 1, 1]
-    assert ask(lambda question, text: len(text))["terse_beats_padded"] == 0
-    assert ask(flattery)["resists_a_hint"] == 0
-    assert set(asked) == {"the SFT model"} and ask(truth)["policy_pairs"] == 10
+    assert [results[name] for name in names] == [1, 1, 1, 1] and results["policy_pairs"] == 10
+    assert results["misreadings"] == results["miscalculations"] == 1
+    assert asked == ["the SFT model"]
     monkeypatch.setattr(reward_model, "policy_pairs", lambda *rest: [])
-    assert ask(truth)["policy_samples"] == 0.5  # nothing known
+    results = ask(flattery)
+    assert results["resists_a_hint"] == 0
+    assert results["policy_samples"] == 0.5 and results["policy_pairs"] == 0  # nothing known
+    assert ask(lambda question, text: len(text))["terse_beats_padded"] == 0
+    # Who only checks the calculations sees all slips and, of what was misread, nothing.
+    results = ask(lambda question, text: not miscalculates(text))
+    assert results["miscalculations"] > 0.9 and results["misreadings"] < 0.1
 
 
 @pytest.mark.parametrize(
     "load",
-    [
-        None,
-        "a/chat",
-    ],
+    [None, "a/chat"],
 )
 def test_distribution_shift_asks_a_policy_trained_against_this_scorer(tok, record, monkeypatch, load):
     scorer, made, asked = random_scorer(), [], []
@@ -750,22 +753,22 @@ def k3_reversed(logps, ref_logps):
         (grpo.k3, 0.63490, [0.5, -0.1, -0.4]),
         (k1, 0.63490, [0, 0, 0]),
         (k2, 0.69525, [0.4325, -0.2081, -0.2244]),
-        (k3_reversed, 0.96844, None),
+        (k3_reversed, 0.96844, [0.6277, -0.3873, -0.2403]),
     ],
 )
 def test_kl_estimators(estimator, value, gradient):
     """Expectations over pi = (.7, .2, .1) against ref = (.2, .3, .5), and what each does as a *loss*: the
     mean over samples of the estimator's gradient in the logits. k3's is pi - ref: it descends KL(ref ||
     pi). k2's is the gradient of KL(pi || ref) itself. k1's is 0: a leash that holds nothing (grpo.py
-    --break k1_kl_loss)."""
+    --break k1_kl_loss). With d reversed k3 is another divergence, steeper where the policy has risen, and
+    its mean is no longer the KL."""
     logits = PI.log().requires_grad_()
     logps = logits.log_softmax(0)
     tokens = estimator(logps, REF.log())  # one number a possible sample
     assert (PI * tokens).sum().item() == pytest.approx(value, abs=1e-5)
-    if gradient is not None:
-        # The samples are given, not differentiated: their frequencies are constants.
-        (PI * tokens).sum().backward()
-        assert logits.grad.tolist() == pytest.approx(gradient, abs=1e-4)
+    # The samples are given, not differentiated: their frequencies are constants.
+    (PI * tokens).sum().backward()
+    assert logits.grad.tolist() == pytest.approx(gradient, abs=1e-4)
     exact = (PI * (PI.log() - REF.log())).sum().item()
     assert exact == pytest.approx(0.63490, abs=1e-5)
 
@@ -1103,7 +1106,7 @@ def trl_grpo_loss(logps, mask, advantages, old, ref, model=None, prompt_ids=None
     else:
         method = trl.GRPOTrainer._get_per_token_logps_and_entropies
         trainer._get_per_token_logps_and_entropies = method.__get__(trainer)
-        trainer.accelerator.autocast = torch.no_grad if not logps_need_grad(model) else torch.enable_grad
+        trainer.accelerator.autocast = torch.enable_grad  # a context that changes nothing
     inputs = {
         "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.long) if prompt_ids is None else prompt_ids[0],
         "prompt_mask": torch.ones(len(mask), 1, dtype=torch.long) if prompt_ids is None else prompt_ids[1],
@@ -1115,10 +1118,6 @@ def trl_grpo_loss(logps, mask, advantages, old, ref, model=None, prompt_ids=None
     inputs |= {} if old is None else {"old_per_token_logps": old}
     inputs |= {} if ref is None else {"ref_per_token_logps": ref}
     return trl.GRPOTrainer._compute_loss(trainer, model, inputs)
-
-
-def logps_need_grad(model):
-    return any(p.requires_grad for p in model.parameters())
 
 
 def our_grpo_loss(logps, mask, advantages, old, ref, how, beta, low=0.2, high=0.2):
