@@ -106,6 +106,9 @@ def train(args):
         problems = []
     else:
         texts = [(p.text, solution) for p, solution in task.demonstrations(args.demos, args.seed)]
+        if args.answer_only:
+            # Shorter, cheaper, and it is the number that counts: reasoning.py --break no_cot.
+            texts = [(question, text[text.rindex("####") :]) for question, text in texts]
         problems = task.problems(args.problems, args.seed, "test")
     examples = [(tok.prompt(question), tok.answer(text)) for question, text in texts]
     room = model.config.block_size
@@ -180,6 +183,7 @@ def parser():
         "weights on GPT-2's tokens (default: runs/base; with --data scratch)")
     add("--data", help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
     add("--demos", type=int, default=20000, help="demonstrations of the embedded task")
+    add("--answer_only", action="store_true", help="leave the working out: learn the final answers alone")
     add("--epochs", type=int, default=1, help="more than a few cost variety (see too_many_epochs)")
     add("--batch", type=int, default=32, help="demonstrations a step")
     add("--micro_batch", type=int, help="of which so many at once, where memory is short (default:\n"

@@ -186,7 +186,7 @@ SHAPES = (
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _lines(path):
+def lines(path):
     """Yield (line number, row) from a .jsonl or .jsonl.gz.
 
     Line by line and not through a library: the reader of a broken file needs to know which line.
@@ -296,7 +296,7 @@ def load_rows(source, split="train"):
     elif source.endswith(".parquet"):
         records, unit = _parquet(path), "row"
     else:
-        records, unit = _lines(path), "line"
+        records, unit = lines(path), "line"
 
     rows, needed, to_row = [], None, None
     for number, record in records:
