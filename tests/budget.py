@@ -2,9 +2,9 @@
 
     python tests/budget.py --seeds 101 102 103
 
-3200 prompts each: DPO reads one judged pair a prompt, PPO writes four answers, GRPO eight. Everything
-else is each script's default. Runs are kept under runs/ in the current folder. Seconds are comparable
-only if nothing else ran meanwhile.
+2000 prompts each: DPO reads one judged pair a prompt, PPO writes four answers, GRPO eight. Everything
+else is each script's default, so the runs of ppo.py and grpo.py are the clean ones of their breaks. Runs
+are kept under runs/ in the current folder. Seconds are comparable only if nothing else ran meanwhile.
 """
 
 import argparse
@@ -14,21 +14,19 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-PROMPTS = 3200
+PROMPTS = 2000
 RUNS = {  # script: flags, what it needed
-    "dpo": ([], "3200 judged pairs"),
+    "dpo": (["--steps", str(PROMPTS // 32)], "judged pairs: 2000"),
     "ppo": (
-        ["--max_steps", str(PROMPTS // 32)],
-        "a reward model (judged pairs), a value function; 3200 answers",
+        ["--max_steps", str(PROMPTS // 8)],
+        "a reward model (12000 judged pairs), 8000 answers, a value function",
     ),
-    "grpo": (["--max_steps", str(PROMPTS // 8)], "a reward model (judged pairs); 25600 answers"),
+    "grpo": (["--max_steps", str(PROMPTS // 8)], "a reward model (12000 judged pairs), 16000 answers"),
 }
 
 
 def report(script, flags, seed):
-    folder = Path("runs") / "-".join(
-        [script, *("=".join(f) for f in zip(["max_steps"], flags[1:])), f"seed={seed}"]
-    )
+    folder = Path("runs") / f"{script}-{flags[0].removeprefix('--')}={flags[1]}-seed={seed}"
     if not (folder / "report.json").is_file():
         subprocess.run([sys.executable, REPO / f"{script}.py", *flags, "--seed", str(seed)], check=True)
     return json.loads((folder / "report.json").read_text())

@@ -1,14 +1,15 @@
 """The numbers of the README: one break over several seeds, as mean (lowest to highest).
 
     python tests/measure.py dpo flip_labels --seeds 101 102 103 104 105
-    python tests/measure.py sft eos_masked --seeds 101 102 103
+    python tests/measure.py grpo clean --max_steps 1000 --reward checker      a run without a break
 
-A seed stands for a whole chain: its own base model, SFT model, data and evaluation. The runs are kept under
-runs/ in the current folder, so a second call only prints.
+A seed stands for a whole chain: its own base model, SFT model, data and evaluation. Flags that are not known
+here go to the script. The runs are kept under runs/ in the current folder, so a second call only prints.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,40 +17,41 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 
 
+def reports_of(script, name, seed, flags):
+    """{"clean": report, name: report} of one seed. With --resume the script takes what is on disk."""
+    command = [sys.executable, REPO / f"{script}.py", "--seed", str(seed), "--resume", *flags]
+    command += [] if name == "clean" else ["--break", name]
+    printed = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    # Every run names its folder when it ends, or when it is found there; the last one is the one asked for.
+    folder = re.findall(r"^(runs\S+): (?:already there|done in)", printed, re.MULTILINE)[-1]
+    folders = {"clean": folder.replace(f"{script}-{name}", script, 1), name: folder}
+    return {label: json.loads((Path(f) / "report.json").read_text()) for label, f in folders.items()}
+
+
+def spread(values):
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("script", help="sft or dpo")
-    parser.add_argument("break_", metavar="break", help="the break's name")
+    parser.add_argument("script", help="sft, reward_model, ppo, grpo, dpo, reasoning or tools")
+    parser.add_argument("break_", metavar="break", help="the break's name, or clean")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    parser.add_argument("flags", nargs="*", help="more flags for the script, after --")
-    args = parser.parse_args()
-    reports = {"clean": [], args.break_: []}
-    for seed in args.seeds:
-        command = [sys.executable, REPO / f"{args.script}.py", "--break", args.break_, "--seed", str(seed)]
-        folders = {
-            "clean": f"{args.script}-seed={seed}",
-            args.break_: f"{args.script}-{args.break_}-seed={seed}",
-        }
-        paths = {name: Path("runs") / folder / "report.json" for name, folder in folders.items()}
-        if args.flags or not (
-            paths[args.break_].is_file() and "reproduced" in paths[args.break_].read_text()
-        ):
-            subprocess.run([*command, *args.flags], check=True)
-        for name, path in paths.items():
-            reports[name].append(json.loads(path.read_text()))
-    print(f"\n{args.script}.py --break {args.break_}, seeds {args.seeds}: mean (lowest to highest)\n")
-    print(f"| | clean | {args.break_} |\n|---|---|---|")
-    for key in reports["clean"][0]:
-        cells = []
-        for name in reports:
-            values = [report[key] for report in reports[name]]
-            if isinstance(values[0], (int, float)):
-                cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        if cells:
-            print(f"| {key} | " + " | ".join(cells) + " |")
-    good = [report["reproduced"] for report in reports[args.break_]]
-    print(f"\nreproduced on {sum(good)} of {len(good)} seeds")
-    for seed, report in zip(args.seeds, reports[args.break_]):
+    args, flags = parser.parse_known_args()
+    found = [reports_of(args.script, args.break_, seed, flags) for seed in args.seeds]
+    print(
+        f"\n{args.script}.py {args.break_} {' '.join(flags)}, seeds {args.seeds}: mean (lowest to highest)\n"
+    )
+    print("| | " + " | ".join(found[0]) + " |\n|---" + "|---" * len(found[0]) + "|")
+    for key in found[0]["clean"]:
+        rows = [[reports[label].get(key) for reports in found] for label in found[0]]
+        if all(isinstance(value, (int, float)) for row in rows for value in row):
+            print(f"| {key} | " + " | ".join(map(spread, rows)) + " |")
+    if args.break_ == "clean":
+        return
+    broken = [reports[args.break_] for reports in found]
+    print(f"\nreproduced on {sum(report['reproduced'] for report in broken)} of {len(broken)} seeds")
+    for seed, report in zip(args.seeds, broken):
         for sentence, holds in report["claims"].items():
             if not holds:
                 print(f"  seed {seed}: not so: {sentence}")
