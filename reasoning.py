@@ -503,10 +503,11 @@ def parser():
     add("--load", help="who answers: a folder or gpt2, ... (default: what sft.py makes)")
     add("--data", help="only count: a file of published model solutions to GSM8K")
     add("--n", type=int, default=256, help="answers to each problem")
-    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
+    add("--problems", type=int, default=300, help="held-out problems: a standard error of 3 points at most,\n"
+        "and less where N is small, since all answers count")
     add("--level", default="token", choices=["token", "solution"], help="where the verifier has a loss:\n"
         "at every token, or at the end of the solution only")
-    add("--train_problems", type=int, default=3000, help="problems that the verifier learns from")
+    add("--train_problems", type=int, default=5000, help="problems that the verifier learns from")
     add("--samples", type=int, default=8, help="... and the model's solutions to each")
     add("--batch", type=int, default=4, help="problems an update, with all their solutions")
     add("--lr", type=float, default=1e-3, help="step size of the verifier")

@@ -25,11 +25,13 @@ EDGES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # of the bins of sqrt(KL)
 
 def evaluations(beta, seed, steps):
     """The evaluations of one run; trains it where it is not on disk."""
-    folder = Path("runs") / (
-        f"grpo-max_steps={steps}" + f"-beta={beta}".replace(".", "_") * (beta != "0.3") + f"-seed={seed}"
-    )
+    # No leash is --break no_kl, to the bit, and the default is its clean run: no need to train them twice.
+    name = {"0.0": "grpo-no_kl", "0.3": "grpo"}.get(beta, "grpo")
+    flags = {"0.0": ["--break", "no_kl"], "0.3": []}.get(beta, ["--beta", beta])
+    shown = f"-beta={beta}".replace(".", "_") if "--beta" in flags else ""
+    folder = Path("runs") / f"{name}-max_steps={steps}{shown}-seed={seed}"
     if not (folder / "report.json").is_file():
-        command = [sys.executable, REPO / "grpo.py", "--max_steps", str(steps), "--beta", beta]
+        command = [sys.executable, REPO / "grpo.py", "--max_steps", str(steps), *flags]
         subprocess.run([*command, "--seed", str(seed)], check=True)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [m for m in map(json.loads, lines) if "test_gold" in m]
