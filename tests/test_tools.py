@@ -1,0 +1,706 @@
+"""Tests of tools.py: the calculator under fuzzing and attack, the second writer, the masks, the task."""
+
+import ast
+import json
+import os
+import random
+import re
+import sys
+import time
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gpt
+import tools
+from data import calculator, task, tool_task
+from data.calculator import BINARY, SHORT, CallError, calculate, show, value
+from data.checker import is_right
+from sft import IGNORE, sft_loss
+
+REPO = Path(__file__).resolve().parent.parent
+REAL = os.environ.get("REAL_DATA_DIR")
+SEED = 1234
+TOK = gpt.Tokenizer("task")
+OPEN, EQUALS, CLOSE = TOK.encode("<<=>>")
+
+
+# --- the calculator: values ---
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("48+27", "75"), ("0.1+0.2", "0.3"), (".1+.2", "0.3"), ("7-9", "-2"), ("-3*-2", "6"), ("+10", "10"),
+        ("(7-2)*3", "15"), ("7/2", "3.5"), ("1/3", "0.333333"), ("2/3", "0.666667"), ("-1/3", "-0.333333"),
+        ("7//2", "3"), ("-7//2", "-4"), ("7%3", "1"), ("6/3", "2"), ("5.", "5"), (" 1 + 1 ", "2"), ("0", "0"),
+        ("-0", "0"), ("0.0000001", "0"), ("-0.0000001", "0"), ("1000000*1.5", "1500000"), ("2-2.0", "0"),
+        ("999999999999999+1", "1000000000000000"), ("0.1*3-0.3", "0"), ("1.10", "1.1"),
+    ],
+)  # fmt: skip
+def test_values(text, result):
+    assert calculate(text) == result
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("1/0", "?zero"), ("1//0", "?zero"), ("1%(2-2)", "?zero"), ("1/0.0", "?zero"), ("", "?syntax"),
+        ("2**3", "?syntax"), ("1 2", "?syntax"), ("k47", "?syntax"), ("1+", "?syntax"), ("()", "?syntax"),
+        ("...", "?syntax"), ("3(4)", "?syntax"), ("007", "?syntax"), ("1.2.3", "?syntax"), ("1;2", "?syntax"),
+        ("9" * 16, "?size"), ("1000000000000000+1", "?size"), ("9999999999*9999999999", "?size"),
+        ("1+" * 50 + "1", "?size"),
+    ],
+)  # fmt: skip
+def test_errors(text, error):
+    with pytest.raises(CallError, match=re.escape(error)):
+        calculate(text)
+
+
+def test_the_fast_path_knows_no_other_language_than_the_slow_one():
+    rng = random.Random(0)
+    for _ in range(3000):
+        left, right = (rng.randrange(10 ** rng.randint(1, 10)) for _ in range(2))
+        text = f"{left}{rng.choice('+-*')}{right}"
+        assert SHORT.fullmatch(text)
+        try:
+            slow = show(value(ast.parse(text, mode="eval").body, text))
+        except CallError as error:
+            slow = str(error)
+        assert outcome(text) == slow, text
+    assert not any(SHORT.fullmatch(text) for text in ("007+1", "1+07", "1**2", "1--2", "1+2\n", "١+1", ""))
+
+
+def outcome(text):
+    try:
+        return calculate(text)
+    except CallError as error:
+        return str(error)
+
+
+def random_tree(rng, depth):
+    """A random expression and its value: a Fraction, or an error's name."""
+    if depth == 0 or rng.random() < 0.2:
+        text = rng.choice(
+            [str(rng.randrange(1000)), f"{rng.randrange(100)}.{rng.randrange(100):02}", ".5", "3."]
+        )
+        return text, Fraction(text)
+    if rng.random() < 0.15:
+        text, number = random_tree(rng, depth - 1)
+        return f"-({text})", number if isinstance(number, str) else -number
+    (left, a), (right, b) = random_tree(rng, depth - 1), random_tree(rng, depth - 1)
+    op = rng.choice(["+", "-", "*", "/", "//", "%"])
+    text = f"({left}){op}({right})"
+    if isinstance(a, str) or isinstance(b, str):
+        return text, a if isinstance(a, str) else b  # the left side is worked out first
+    if b == 0 and op in ("/", "//", "%"):
+        return text, "?zero"
+    result = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b,
+              "//": lambda: Fraction(a // b), "%": lambda: a % b}[op]()  # fmt: skip
+    return text, "?size" if abs(result) > calculator.LARGEST else result
+
+
+def test_random_expressions_against_exact_fractions():
+    rng, checked = random.Random(1), 0
+    for _ in range(4000):
+        text, expected = random_tree(rng, 3)
+        if len(text) > calculator.LONGEST:
+            continue
+        found = outcome(text)
+        if isinstance(expected, str):
+            assert found == expected, text
+        elif expected.denominator == 1:
+            assert found == str(expected), text
+        else:
+            assert abs(Fraction(found) - expected) <= Fraction(1, 2 * 10**6), text
+        checked += 1
+    assert checked > 2000
+
+
+# --- the calculator: attacks ---
+
+ATTACKS = [
+    "2**9**9",
+    "9**9**9**9",
+    "9" * 100,
+    "9" * 100_000,
+    "1" + "0" * 5000 + "*2",
+    "9*" * 50_000 + "9",
+    "+".join(["1"] * 50_000),
+    "(" * 10_000 + "1" + ")" * 10_000,
+    "(" * 50 + "1" + ")" * 49,
+    "(" * 100,
+    "-" * 100,
+    "-" * 99 + "1",
+    "-" * 10_000 + "1",
+    "~1",
+    "1<<9",
+    "1<<99999999999",
+    "1 if 1 else 2",
+    "1/0",
+    "0/0",
+    "1%0",
+    "__import__('os')",
+    "__import__('os').system('touch hacked')",
+    "open('x','w')",
+    "open('hacked','w').write('1')",
+    "exec('import os')",
+    "(lambda:0)()",
+    "(lambda: (yield))()",
+    "[x for x in range(10**9)]",
+    "f'{1+1}'",
+    'f"{open}"',
+    "(x:=1)",
+    "().__class__.__bases__[0].__subclasses__()",
+    "1 .__class__",
+    "(1).real",
+    "1_000",
+    "1__0",
+    "0x10",
+    "0b1",
+    "1e5",
+    "1e999",
+    "1j",
+    "1.e9",
+    "١+١",
+    "²",
+    "１+１",
+    "1\u00b2",
+    "1\x00",
+    "\x001",
+    "1\n+1",
+    "1\n",
+    "1;1",
+    "1\t+1",
+    "1\\\n+1",
+    "#",
+    "1#2",
+    "True",
+    "None",
+    "Ellipsis",
+    "...",
+    ". . .",
+    "1,2",
+    "(1,)",
+    "*1",
+    "**1",
+    "{}",
+    "[]",
+    "{1:2}",
+    "@",
+    "1@2",
+    "a",
+    "a.b",
+    "a[0]",
+    "'a'*10**9",
+    "print(1)",
+    "exit()",
+    "input()",
+    "breakpoint()",
+    "\ud800",
+    "1" + "\u200b" + "2",
+    "await 1",
+    "not 1",
+    "1 and 2",
+    "1<2",
+    "1==1",
+    "1|2",
+    "1^2",
+    "5%",
+    "%5",
+    "()()",
+    "1()",
+    "(1)(2)",
+    "1." * 50,
+    "." * 100,
+    "%" * 100,
+    "/" * 100,
+    "1//" * 33,
+    "1%" * 50,
+    "(1)" * 33,
+    "( " * 50,
+    " " * 100,
+    " " * 100_000,
+]
+
+
+def limited(text):
+    """calculate(text) or its error; fails where that takes 50 ms of the processor."""
+    begun = time.process_time()
+    found = outcome(text)
+    assert time.process_time() - begun < 0.05, f"{text[:60]!r} is slow"
+    return found
+
+
+def test_known_attacks(tmp_path, monkeypatch):
+    """None is run: an error or a plain number comes out, at once, in little memory; nothing has changed."""
+    monkeypatch.chdir(tmp_path)
+    limited("1.5*(2+3)")  # what is imported or compiled at the first call belongs to no attack
+    before = dict(os.environ), set(sys.modules), sys.getrecursionlimit()
+    for text in ATTACKS:
+        found = limited(text)
+        assert re.fullmatch(r"\?(syntax|size|zero)|-?\d+(\.\d{1,6})?", found), (text[:60], found)
+    accepted = [text for text in ATTACKS if not outcome(text).startswith("?")]
+    assert all(set(text) <= set("0123456789.+-*/%() ") for text in accepted)
+    assert (dict(os.environ), set(sys.modules), sys.getrecursionlimit()) == before
+    assert not list(tmp_path.iterdir())
+    tracemalloc.start()  # by itself: it makes everything several times slower
+    for text in ATTACKS:
+        outcome(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6, peak
+
+
+def test_fuzz(tmp_path, monkeypatch):
+    """10^5 inputs: pieces of the grammar in any order, mutated calls, and random bytes."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(2)
+    pieces = [
+        *"0123456789",
+        *"+-*/%()",
+        ".",
+        " ",
+        "//",
+        "**",
+        "99999999",
+        "0.",
+        ".5",
+        "()",
+        "--",
+        "1e9",
+        "_",
+        "a",
+        "'",
+    ]
+    for i in range(100_000):
+        if i % 4 == 0:
+            text = "".join(rng.choice(pieces) for _ in range(rng.randint(0, 30)))
+        elif i % 4 == 1:  # only what passes the first wall: the parser's own corners
+            text = "".join(rng.choice("0123456789.+-*/%() ") for _ in range(rng.randint(0, 100)))
+        elif i % 4 == 2:
+            text = f"({rng.randrange(999)}+{rng.randrange(99)})*{rng.randrange(99)}/{rng.randrange(9)}"
+            at = rng.randrange(len(text))
+            text = (
+                text[:at] + rng.choice(["", chr(rng.randrange(0x11000)), rng.choice(pieces)]) + text[at + 1 :]
+            )
+        else:
+            text = rng.randbytes(rng.randint(0, 60)).decode("latin-1" if i % 8 == 3 else "utf-8", "replace")
+        found = limited(text)
+        assert found[0] == "?" or (len(found) < 26 and Fraction(found) is not None), text
+    assert not list(tmp_path.iterdir())
+
+
+def test_rate():
+    """100,000 calls a second on what is really called: the task's calls, in the share they have there."""
+    texts = [f"{a}{op}{b}" for p in tool_task.problems(300, 9) for a, op, b, _ in worked(p)] * 20
+    begun = time.process_time()
+    for text in texts:
+        calculate(text)
+    assert len(texts) / (time.process_time() - begun) > 100_000
+
+
+def worked(p):
+    return tool_task.work(p.start, task.read_events(p.events))
+
+
+def test_only_whitelisted_nodes():
+    """The tree's kinds are counted out; a new one in a later Python is refused until somebody allows it."""
+    assert {kind.__name__ for kind in BINARY} == {"Add", "Sub", "Mult", "Div", "FloorDiv", "Mod"}
+    source = (REPO / "data" / "calculator.py").read_text() + (REPO / "data" / "tool_task.py").read_text()
+    called = {
+        n.func.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and hasattr(n.func, "id")
+    }
+    assert not called & {"eval", "exec", "compile", "__import__", "open"}
+
+
+@pytest.mark.skipif(not REAL, reason="REAL_DATA_DIR names no folder with the public files")
+@pytest.mark.parametrize(("name", "solutions", "n"), [("train", 7473, 23716), ("test", 1319, 4282)])
+def test_gsm8k(name, solutions, n, capsys):
+    """Every annotation of GSM8K. Counted independently: no result is compared by the calculator itself."""
+    path = Path(REAL) / "gsm8k" / f"{name}.jsonl"
+    tools.main(["--data", str(path)])
+    assert f"{solutions} solutions" in capsys.readouterr().out
+    texts = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    agreeing, kinds = calculator.annotations(name, texts)
+    assert sum(kinds.values()) == n == sum(text.count("<<") for text in texts)
+    assert agreeing == solutions
+    for text in texts[:500]:
+        for expression, result in tool_task.CALL.findall(text):
+            assert Fraction(calculate(expression)) == Fraction(result)
+
+
+def test_annotations_name_the_kinds(capsys):
+    solutions = [
+        "<<2*3=6>>6",
+        "<<2*3=6.00>>",
+        "<<2*3=7>>",
+        "<<2*x=6>>",
+        "<<2*3=six>>",
+        "<<1/0=0>>",
+        "no call",
+        "",
+    ]
+    agreeing, kinds = calculator.annotations("mine", solutions)
+    assert agreeing == 4 and kinds == {
+        "identical": 1,
+        "the same number, written otherwise": 1,
+        "another number": 1,
+        "refused: ?syntax": 1,
+        "the result is no number": 1,
+        "refused: ?zero": 1,
+    }
+    assert "4 of 8" in capsys.readouterr().out
+
+
+# --- the task ---
+
+
+def test_demonstrations_are_right_and_replay():
+    for p in tool_task.problems(400, 3):
+        text = tool_task.demonstrate(p)
+        assert is_right(text, p.answer) and is_right(tool_task.demonstrate(p, calls=False), p.answer)
+        assert "<<" not in tool_task.demonstrate(p, calls=False)
+        for expression, result in tool_task.CALL.findall(text):
+            assert tool_task.answer_call(expression, p.prices) == result
+        answer, _ = tools.encode_transcript(TOK, text)
+        assert len(TOK.prompt(p.text)) + len(answer) <= 128
+        assert not any(str(price) in p.text.split("#")[-1] for price in p.prices.values() if price > 199)
+
+
+def test_prices_cannot_be_read_off_the_question():
+    """The same question with another price list has another answer: looking up is the only way."""
+    some = [p for p in tool_task.problems(2000, 4) if p.labels]
+    assert 0.3 < len(some) / 2000 < 0.5
+    assert len({tuple(sorted(p.prices.values())) for p in some}) > 100
+    unknown = [p for p in some if p.labels[0] not in p.prices]
+    assert 0.3 < len(unknown) / len(some) < 0.5
+    for p in some:
+        first, second = p.labels
+        text = tool_task.demonstrate(p)
+        assert f"#{first}/{second}." in p.text and (f"<<{first}=?key>>" in text) == (first not in p.prices)
+        assert second in p.prices and p.answer % p.prices.get(first, p.prices[second]) == 0
+
+
+def test_splits_are_disjoint():
+    def numbers(split):
+        return {(p.start, p.events) for p in tool_task.problems(1500, 5, split)}
+
+    train, valid, test = map(numbers, ("train", "valid", "test"))
+    assert not train & test and not train & valid and not valid & test
+
+
+def test_problems_are_a_function_of_the_seed():
+    assert tool_task.problems(50, 6) == tool_task.problems(60, 6)[:50] != tool_task.problems(50, 7)
+
+
+def test_answer_call():
+    prices = {"k47": 12}
+    assert tool_task.answer_call("k47", prices) == "12" and tool_task.answer_call("48+27", prices) == "75"
+    assert (
+        tool_task.answer_call("m3", prices) == "?key"
+        and tool_task.answer_call(tools.HOSTILE, prices) == "?key"
+    )
+    assert tool_task.answer_call("1/0", prices) == "?zero" and tool_task.answer_call("", prices) == "?syntax"
+
+
+def test_audit_by_hand():
+    p = SimpleNamespace(prices={"k47": 12})
+    answers = [
+        ("<<7+5=12>>12\n<<m3=?key>>\n<<k47=12>>12\n#### 144", True),  # an error, recovered from
+        ("<<7+5=13>>13\n<<12*2=25>>24\n#### 24", False),  # two wrong results, one copied
+        ("<<7+=?syntax>>\n<<7+5", False),  # an error, and a call that nobody closed
+    ]
+    found = tool_task.audit(answers, [p] * 3)
+    assert found == pytest.approx({"calls": 7 / 3, "valid": 5 / 7, "wrong_results": 2 / 6, "copied": 1 / 2,
+                                   "errors": 2 / 3, "recovered": 1 / 2})  # fmt: skip
+
+
+# --- two writers ---
+
+
+def pieces(ids):
+    return [TOK.decode([i]) for i in ids]
+
+
+def test_transcript_masks():
+    ids, own = tools.encode_transcript(TOK, "<<640-14=626>>626\n<<x=?key>>\n#### 7")
+    injected = "".join(TOK.decode([i]) for i, mine in zip(ids, own) if not mine)
+    mine = "".join(TOK.decode([i]) for i, mine in zip(ids[:-1], own) if mine)
+    assert injected == "626>>?key>>" and mine == "<<640-14=626\n<<x=\n#### 7"
+    assert ids[-1] == TOK.end and own[-1]
+    for p in tool_task.problems(100, 8):  # a text without calls is the model's own, all of it
+        assert all(tools.encode_transcript(TOK, tool_task.demonstrate(p, calls=False))[1])
+
+
+class Scripted:
+    """A stand-in for the model: after token a it wants b, whatever came before. Rows may leave the batch."""
+
+    def __init__(self, text, end=True):
+        ids = TOK.encode(text) + ([TOK.end] if end else [])
+        self.config = gpt.GPTConfig(vocab_size=TOK.vocab_size, n_layer=1, n_head=1, n_embd=1)
+        self.wte, self.bfloat16 = SimpleNamespace(weight=torch.zeros(1)), False
+        self.next = dict(zip([TOK.assistant, *ids], ids))
+
+    def hidden(self, ids, valid, cache):
+        cache.length += ids.shape[1]
+        return ids[:, :, None].float()
+
+    def head(self, hidden):
+        logits = torch.zeros(len(hidden), TOK.vocab_size)
+        for row, last in enumerate(hidden[:, 0].long().tolist()):
+            logits[row, self.next.get(last, TOK.end)] = 50.0
+        return logits
+
+
+def test_the_runtime_takes_the_pen_at_equals():
+    asked = []
+
+    def tool(expression):
+        asked.append(expression)
+        return "1920"
+
+    model = Scripted("<<7+5=")
+    model.next[CLOSE] = TOK.encode("Leo")[0]
+    (ids,), (mask,) = tools.sample_with_tools(model, TOK, [TOK.prompt("Hi")], [tool], 30, 0)
+    assert asked == ["7+5"]
+    assert pieces(ids) == ["<<", "7", "+", "5", "=", "192", "0", ">>", "Leo", "<|end|>"]
+    assert mask == [1] * 5 + [0] * 3 + [1] * 2  # the model's own `1920` would have been anything
+
+
+def test_rows_have_queues_of_their_own():
+    """Calls of different length at different times; a row that ends leaves, the others go on."""
+    model = Scripted("<<7+5=")
+    leo, mia, call = TOK.encode("Leo")[0], TOK.encode("Mia")[0], TOK.encode("7")[0]
+    model.next |= {leo: mia, mia: OPEN, CLOSE: TOK.end}
+    prompts = [TOK.prompt("Hi"), [leo], [CLOSE], [OPEN, call], TOK.prompt("Leo has")]
+    answers = [lambda e: "1", lambda e: "1920", lambda e: "3", lambda e: "4", lambda e: "?key"]
+    ids, masks = tools.sample_with_tools(model, TOK, prompts, answers, 30, 0)
+    assert [TOK.decode(c) for c in ids] == [
+        "<<7+5=1>><|end|>", "Mia<<7+5=1920>><|end|>", "<|end|>",
+        # The prompt's `<<` opens nothing: what the model says there is no call, and nobody answers `=`.
+        "+5=<|end|>", "<<7+5=?key>><|end|>",
+    ]  # fmt: skip
+    assert [mask.count(0) for mask in masks] == [2, 3, 0, 0, 5]
+    assert list(map(len, ids)) == list(map(len, masks))
+
+
+def test_injected_tokens_count_against_the_budget():
+    model = Scripted("<<7+5=")
+    for n in range(1, 9):
+        (ids,), (mask,) = tools.sample_with_tools(model, TOK, [TOK.prompt("Hi")], [lambda e: "1920"], n, 0)
+        assert len(ids) == len(mask) == n
+    with pytest.raises(ValueError, match="do not fit"):
+        tools.sample_with_tools(model, TOK, [[1] * 100], [str], 29)
+
+
+def random_model(seed=0):
+    torch.manual_seed(seed)
+    model = gpt.GPT(gpt.GPTConfig(TOK.vocab_size, 128, 2, 2, 32))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0, 0.3)
+        # So that a random model opens calls, and closes them: these three look alike.
+        model.wte.weight[[OPEN, EQUALS, CLOSE]] *= 3
+    return model.requires_grad_(False)
+
+
+def random_run(temperature, seed=0, n=60):
+    model, rng = random_model(seed), random.Random(seed)
+    prompts = [[rng.randrange(TOK.vocab_size - 4) for _ in range(rng.randint(1, 20))] for _ in range(24)]
+    answers = ["1920", "75", "?key", "-3"]
+    told = [lambda e, i=i: answers[i % 4] for i in range(24)]
+    ids, masks = tools.sample_with_tools(model, TOK, prompts, told, n, temperature, gpt.rng(seed))
+    return model, prompts, ids, masks, answers
+
+
+def test_the_model_cannot_write_result_tags():
+    tags = tools.result_tags(TOK)
+    assert set(tags) == {CLOSE, *TOK.encode(">")} and len(tags) == 2
+    calls = 0
+    for seed in range(12):
+        _, _, ids, masks, answers = random_run(1.0, seed)
+        for row, (completion, mask) in enumerate(zip(ids, masks)):
+            assert not any(i in tags for i, m in zip(completion, mask) if m)
+            # Every injected run of tokens is the tool's answer (the last one may be cut off).
+            runs = re.findall("0+", "".join(map(str, mask)))
+            expected = TOK.encode(answers[row % 4] + ">>")
+            at = 0
+            for run in runs:
+                at = "".join(map(str, mask)).index(run, at)
+                part = completion[at : at + len(run)]
+                # two calls cannot touch: the model speaks in between
+                assert part == expected[: len(part)] and (
+                    len(part) == len(expected) or at + len(run) == len(mask)
+                )
+                at += len(run)
+            calls += len(runs)
+    assert calls > 20  # random models do call
+
+
+def test_logits_after_an_injection_cached_as_uncached():
+    model, prompts, ids, masks, _ = random_run(0, 1)
+    assert sum(mask.count(0) for mask in masks) > 10
+    tags = tools.result_tags(TOK)
+    for prompt, completion, mask in zip(prompts, ids, masks):
+        logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1]
+        logits[:, tags] = -torch.inf
+        for t, (token, mine) in enumerate(zip(completion, mask)):
+            if mine:
+                assert logits[t].max() - logits[t, token] < 1e-3
+
+
+# --- the losses ---
+
+
+def test_no_gradient_where_the_runtime_wrote():
+    answer, own = tools.encode_transcript(TOK, "<<640*3=1920>>1920\n#### 1920")
+    prompt = TOK.prompt("Leo has 640 eggs.")
+    ids, labels = tools.collate([(prompt, answer, own), (prompt[:3], answer[:4], own[:4])], TOK.pad)
+    assert labels[0, len(prompt) :].tolist() == [i if mine else IGNORE for i, mine in zip(answer, own)]
+    logits = torch.randn(*ids.shape, TOK.vocab_size, generator=gpt.rng(0)).requires_grad_()
+    total, n = sft_loss(logits, labels)
+    assert n == sum(own) + 4
+    total.backward()
+    touched = (logits.grad.abs().sum(-1) > 0)[0]
+    # The logits at t are about the token at t + 1.
+    assert touched[len(prompt) - 1 : -1].tolist() == own and not touched[: len(prompt) - 1].any()
+
+
+def test_policy_loss_by_hand():
+    logps = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -1.0, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    loss, kl = tools.policy_loss(logps, logps.detach(), torch.tensor([1.0, -2.0]), mask, 0.1)
+    assert loss.item() == pytest.approx((-1 - 1 + 2 + 2) / 4) and kl == 0
+    loss.backward()
+    # REINFORCE: minus the advantage, over the four tokens that were sampled; nothing where they were not.
+    assert torch.allclose(logps.grad, torch.tensor([[-1 / 4, 0, -1 / 4], [2 / 4, 2 / 4, 0]]))
+    ref = logps.detach() + torch.tensor([[0.5, 9.0, 0.0], [0.0, -0.2, 9.0]])
+    _, kl = tools.policy_loss(logps, ref, torch.zeros(2), mask, 0.1)
+    expected = torch.tensor([0.5, -0.2]).exp() - 1 - torch.tensor([0.5, -0.2])
+    assert kl.item() == pytest.approx(expected.sum().item() / 4, rel=1e-4)
+
+
+def test_what_the_tool_says_changes_neither_loss_nor_gradient():
+    """More injected tokens, less likely ones, impossible ones: the same loss, KL and gradient."""
+    g = gpt.rng("policy")
+    logps, ref = -torch.rand(4, 6, generator=g), -torch.rand(4, 6, generator=g)
+    advantages = torch.randn(4, generator=g)
+    results = []
+    for wide, fill in ((0, 0.0), (3, -1.0), (3, -50.0), (5, -torch.inf)):
+        injected = torch.full((4, wide), fill)
+        x = torch.cat([logps[:, :3], injected, logps[:, 3:]], 1).requires_grad_()
+        r = torch.cat([ref[:, :3], injected, ref[:, 3:]], 1)
+        mask = torch.tensor([True] * 3 + [False] * wide + [True] * 3).expand(4, -1)
+        loss, kl = tools.policy_loss(x, r, advantages, mask, 0.3)
+        loss.backward()
+        assert (x.grad[:, 3 : 3 + wide] == 0).all()
+        results.append(torch.cat([loss[None], kl[None], x.grad[mask]]))
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+def test_mask_sum_is_the_number_of_sampled_tokens():
+    _, _, ids, masks, _ = random_run(1.0, 2)
+    mask = tools.padded_masks(masks)
+    assert mask.shape == (24, max(map(len, ids))) and mask.sum() == sum(map(sum, masks))
+
+
+def test_scored_as_sampled():
+    """own_logps: the distribution that was drawn from, without the result tags; the model stays as it was."""
+    model, prompts, ids, masks, _ = random_run(1.0, 3)
+    logps = tools.own_logps(model, TOK, prompts, ids)
+    tags = tools.result_tags(TOK)
+    for row in range(5):
+        logits = model(torch.tensor([prompts[row] + ids[row]]))[0, len(prompts[row]) - 1 : -1]
+        logits[:, tags] = -torch.inf
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[row])[:, None])[:, 0]
+        own = torch.tensor(masks[row]).bool()
+        assert torch.allclose(logps[row, : len(own)][own], expected[own], atol=1e-4)
+    assert model.head(torch.zeros(1, 32))[0, CLOSE] == 0
+
+
+def test_gradient_through_impossible_results_is_finite():
+    model, prompts, ids, masks, _ = random_run(1.0, 4)
+    model.requires_grad_(True)
+    logps = tools.own_logps(model, TOK, prompts, ids)
+    assert logps.isinf().any()  # the injected `>>`
+    loss, _ = tools.policy_loss(logps, logps.detach(), torch.ones(24), tools.padded_masks(masks), 0.1)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_group_advantages():
+    found = tools.group_advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
+    assert found[0].tolist() == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=1e-4)
+    assert (found[1] == 0).all()
+
+
+# --- eval, and why not ---
+
+
+def test_eval_runs_what_the_whitelist_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prices = {"k47": 12}
+    assert tool_task.answer_call(tools.HOSTILE, prices) == "?key"
+    assert not (tmp_path / tools.CANARY).exists()
+    assert tools.eval_call(tools.HOSTILE, prices) == "?key"  # to the model it looks like any other error
+    assert (tmp_path / tools.CANARY).exists()
+    for p in tool_task.problems(200, 11):  # on normal calls nobody can tell them apart
+        for expression, result in tool_task.CALL.findall(tool_task.demonstrate(p)):
+            assert tools.eval_call(expression, p.prices) == result
+    assert tools.eval_call("9**9**9", {}) == "?size" and tools.eval_call("exit()", {}) == "?key"
+
+
+# --- end to end, as small as it gets ---
+
+TINY = "--demos 32 --batch 8 --problems 5 --eval_every 2 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        gpt.main("--n_layer 1 --n_embd 32 --length 16 --batch 2 --steps 20 --device cpu".split())
+    return folder / "runs" / next((folder / "runs").iterdir()).name / "model"
+
+
+def test_clean_run_and_control(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tools.main(["--load", str(base), *TINY])
+    out = capsys.readouterr().out
+    assert "with the tool" in out and "runtime switched off" in out
+    reports = sorted((tmp_path / "runs").glob("*/report.json"))
+    assert len(reports) == 2 and "plain" in str(reports[1])
+    report = json.loads(reports[0].read_text())
+    assert report["canary"] == 0 and report["wrong_results"] == 0
+    # A second time the control is taken from the disk.
+    tools.main(["--load", str(base), *TINY])
+    assert "already there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(tools.BREAKS))
+def test_breaks_run(base, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--rl", "2", "--groups", "2", "--samples", "2"] if name == "tool_overuse" else []
+    tools.main(["--break", name, "--load", str(base), *TINY, *flags])
+    out = capsys.readouterr().out
+    assert f"The documented signature of {name}: " in out
+    assert (next((tmp_path / "runs").glob(f"tools-{name}*")) / "figure.png").stat().st_size > 5000
+
+
+def test_wrong_input(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, word in (
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--break", "faulty_tool", "--plain", "--load", str(base)], "--plain"),
+        (["--break", "unsafe_eval", "--rl", "3", "--load", str(base)], "--rl"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            tools.main(flags)
+        assert word in str(error.value)
