@@ -17,18 +17,20 @@ subtle here follows from that. The model is responsible for its own tokens only:
     L = - sum_t m_t log p(y_t | x, y_<t) / sum_t m_t          m_t = 1: sampled by the model, 0: injected
 
 in supervised fine-tuning, in the policy gradient, in the KL term, and in every denominator. (The format is
-that of Cobbe et al. 2021; the masks: Jin et al. 2025, "Search-R1"; group advantages: Shao et al. 2024.)
+that of Cobbe et al. 2021; the masks: Jin et al. 2025, "Search-R1".)
 
 The breaks:
     hallucinated_result  no stop at the boundary: all of a transcript is text to the model, and it writes on
                          through the `=`. Calls look perfect, results are invented.
     unsafe_eval          the calculator is Python's eval. Nothing changes, until a question contains code.
+                         (CVE-2023-29374)
     unmasked_result      the loss is on the results as well. (Search-R1 loses a fifth by it, with RL.)
     faulty_tool          the tool is silently wrong in one call of ten: copied without a doubt.
     tool_overuse         reinforcement learning with a small reward for every call.
 """
 
 import argparse
+import functools
 import os
 import random
 import re
@@ -37,12 +39,14 @@ import warnings
 from dataclasses import replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import gpt
+import sft
 from data import calculator, public, tool_task
 from data.checker import is_right
 from data.tool_task import answer_call
-from sft import IGNORE, sft_loss
+from grpo import aggregate, group_advantages, k3, policy_loss
 
 BREAKS = {
     "hallucinated_result": "no stop at the boundary: calls look perfect, results are invented",
@@ -51,6 +55,7 @@ BREAKS = {
     "faulty_tool": "one call of ten silently wrong: the model copies it",
     "tool_overuse": "RL with a reward per call: calls go up, what they are for does not",
 }
+RL_STEPS = 60  # of both runs of tool_overuse, where --rl does not say otherwise
 
 # What a hostile question has in the place of a label. Harmless: it makes an empty file called x.
 HOSTILE, CANARY = "open('x','w')", "x"
@@ -73,77 +78,49 @@ def encode_transcript(tok, text):
     return ids + [tok.end], own + [True]
 
 
-def result_tags(tok):
-    """The ids that only the runtime may write: `>>`, and the single `>`, two of which look the same."""
+def ids_with(tok, piece):
+    """The ids of all tokens with `piece` in their text: `>` also stands in `>>`, and two look alike."""
     single = tok.encoding.decode_single_token_bytes
-    return [i for i in range(tok.vocab_size) if b">" in single(i) and not single(i).startswith(b"<|")]
+    special = (tok.user, tok.assistant, tok.end, tok.pad)
+    return [i for i in range(tok.vocab_size) if i not in special and piece in single(i)]
 
 
-@torch.no_grad()
-def sample_with_tools(model, tok, prompts, tools, max_new_tokens, temperature=1.0, generator=None):
-    """gpt.sample with a second writer. tools: for every prompt a function, expression -> result, both text.
+class Runtime:
+    """The second writer. gpt.sample shows it every new token and takes what it gives back.
 
-    Returns (completions, masks), lists of lists: all ids, and 1 where the model sampled, 0 where the runtime
-    injected. Injected tokens count against max_new_tokens: they take up the same context.
+    tools: for every prompt a function, expression -> result, both text. `banned` are the ids that only the
+    runtime may write. Not by training but by force: a model that may write `>>` can forge results, and under
+    RL it would be paid for forgeries that carry mask 1. Afterwards `own` says for every prompt
+    who wrote each token: True is the model.
     """
-    B, N, device = len(prompts), max_new_tokens, model.wte.weight.device
-    P = max(map(len, prompts))
-    if P + N > model.config.block_size:
-        raise ValueError(f"{P} + {N} tokens do not fit the context of {model.config.block_size}")
-    ids = torch.zeros(B, P, dtype=torch.long)  # padded on the left, as in gpt.sample
-    valid = torch.zeros(B, P + N, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, P - len(prompt) :] = torch.tensor(prompt)
-        valid[row, P - len(prompt) :] = True
-    ids, valid = ids.to(device), valid.to(device)
-    dtype = torch.bfloat16 if model.bfloat16 else torch.float32
-    cache = gpt.Cache(model.config, B, P + N, device, dtype)
-    opening, equals = tok.encode("<<=")
-    forbidden = result_tags(tok)
 
-    completions, masks = [[] for _ in prompts], [[] for _ in prompts]
-    queues = [[] for _ in prompts]  # per row: what the runtime has yet to write
-    call_at = [None] * B  # per row: where the expression of the open call begins
-    rows = list(range(B))  # which prompt each row of the batch belongs to
-    hidden = model.hidden(ids, valid[:, :P], cache)[:, -1]  # (B, C)
-    if not torch.isfinite(hidden).all():
-        raise SystemExit("The model's outputs are not finite: its training blew up. Try a smaller --lr.")
-    for t in range(N):
-        logits = model.head(hidden).float()  # (b, V)
-        # Not by training but by force: a model that may write `>>` can forge results, and under RL it
-        # would be paid for forgeries that carry mask 1.
-        logits[:, forbidden] = -torch.inf
-        if temperature == 0:
-            new = logits.argmax(-1).tolist()
-        else:
-            new = gpt.draw_tokens((logits / temperature).softmax(-1), generator).tolist()
-        for b, row in enumerate(rows):
-            completion, queue = completions[row], queues[row]
-            masks[row].append(0 if queue else 1)
+    def __init__(self, tok, tools):
+        self.tok, self.tools = tok, tools
+        self.opening, self.equals = tok.encode("<<") + tok.encode("=")
+        self.banned = ids_with(tok, b">")
+        self.call = [None] * len(tools)  # the ids of the open call's expression; None where none is open
+        self.queue = [[] for _ in tools]  # what the runtime has yet to write
+        self.own = [[] for _ in tools]
+
+    def __call__(self, rows, new):
+        written = new.tolist()
+        for b, row in enumerate(rows.tolist()):
+            queue, call = self.queue[row], self.call[row]
+            self.own[row].append(not queue)
             if queue:
-                new[b] = queue.pop(0)  # what the model wanted to say here is thrown away
-            elif new[b] == opening:
-                call_at[row] = len(completion) + 1
-            elif new[b] == equals and call_at[row] is not None:
-                result = tools[row](tok.decode(completion[call_at[row] :]))
+                written[b] = queue.pop(0)  # what the model wanted to say here is thrown away
+            elif written[b] == self.opening:
+                self.call[
+                    row
+                ] = []  # A `<<` in the *question* opens nothing: only sampled tokens are seen here
+            elif call is not None and written[b] == self.equals:
                 # Ids go in. Encoding the whole text anew might cut it up otherwise than the model did, and
                 # the log-probabilities would be of tokens that nobody sampled.
-                queue += tok.encode(result + ">>")
-                call_at[row] = None
-            completion.append(new[b])
-        # A question can contain `<<7+5=` as well. It opens nothing: only sampled tokens are looked at.
-        alive = [b for b in range(len(rows)) if new[b] != tok.end]
-        if not alive or t == N - 1:
-            break
-        # Unlike gpt.sample, finished rows leave at once: nothing may be appended to them.
-        if len(alive) < len(rows):
-            rows, new = [rows[b] for b in alive], [new[b] for b in alive]
-            kept = torch.tensor(alive, device=device)
-            cache.keep(kept)
-            valid = valid[kept]
-        ids = torch.tensor(new, device=device)[:, None]  # (b, 1)
-        hidden = model.hidden(ids, valid[:, : cache.length + 1], cache)[:, -1]
-    return completions, masks
+                queue += self.tok.encode(self.tools[row](self.tok.decode(call)) + ">>")
+                self.call[row] = None
+            elif call is not None:
+                call.append(written[b])
+        return torch.tensor(written, device=new.device)
 
 
 def eval_call(expression, prices):
@@ -157,107 +134,55 @@ def eval_call(expression, prices):
         return "?key"
 
 
-# ---------------------------------------------------------------------------------------------
-# The losses
-
-
 def collate(examples, pad):
     """[(prompt ids, answer ids, own)] -> ids (B, T), labels (B, T): IGNORE in prompts, padding and where
     own is False."""
-    length = max(len(prompt) + len(answer) for prompt, answer, _ in examples)
-    ids = torch.full((len(examples), length), pad)
-    labels = torch.full((len(examples), length), IGNORE)
+    ids, labels = sft.collate([(prompt, answer) for prompt, answer, _ in examples], pad)
     for row, (prompt, answer, own) in enumerate(examples):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer).where(torch.tensor(own), IGNORE)
+        labels[row, len(prompt) : len(prompt) + len(answer)][~torch.tensor(own)] = sft.IGNORE
     return ids, labels
-
-
-def padded_masks(masks):
-    """Lists of 0 and 1 -> (B, N) bool."""
-    longest = max(map(len, masks))
-    return torch.tensor([[bool(m) for m in mask] + [False] * (longest - len(mask)) for mask in masks])
-
-
-def group_advantages(rewards):
-    """(problems, samples) -> the same: how much better than its siblings. Equal rewards give exactly 0."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-
-
-def policy_loss(logps, ref_logps, advantages, mask, beta):
-    """GRPO with one step a batch, over the model's own tokens. Returns (loss, KL a token).
-
-    logps, ref_logps: (B, N). advantages: (B,). mask: (B, N), True where the model sampled.
-    """
-    # Assigned, not multiplied by 0: a result that the model thinks impossible has log-probability -inf.
-    logps, ref_logps = logps.masked_fill(~mask, 0), ref_logps.masked_fill(~mask, 0)
-    # 1, but with a gradient. Policy and sampler are the same model, so there is nothing to clip.
-    ratio = (logps - logps.detach()).exp()
-    difference = ref_logps - logps
-    kl = torch.expm1(difference) - difference  # Schulman's k3: never negative
-    # The denominator counts what the model said. With the injected tokens in it, whoever calls more
-    # would be pushed less.
-    own = mask.sum()
-    per_token = (beta * kl - advantages[:, None] * ratio).masked_fill(~mask, 0)
-    return per_token.sum() / own, kl.detach().sum() / own
-
-
-def own_logps(model, tok, prompts, completions):
-    """gpt.completion_logps, (B, N), under the distribution that was sampled from: without the result tags.
-    Scored with them, the gradient would also teach a lesson about tokens that could not be chosen."""
-    head, tags = model.head, torch.tensor(result_tags(tok), device=model.wte.weight.device)
-    model.head = lambda hidden: head(hidden).index_fill(-1, tags, -torch.inf)
-    try:
-        return gpt.completion_logps(model, prompts, completions)[0]
-    finally:
-        del model.head  # the method of the class is there again
 
 
 # ---------------------------------------------------------------------------------------------
 # From outside
 
 
-def ask(model, tok, problems, tool, temperature, generator, batch=250):
+def ask(model, tok, problems, tool, temperature, generator, longest, batch=250):
     """Let the model answer each problem once, with tool(expression, prices) at its side, or without any
-    runtime where tool is None. Returns a list of gpt.Answer."""
-    if tool is None:
-        longest = max(len(tok.prompt(p.text)) for p in problems)
-        room = model.config.block_size - longest
-        questions, golds = [p.text for p in problems], [p.answer for p in problems]
-        return gpt.solve(model, tok, questions, golds, temperature, generator, room, batch)
-    answers = []
+    runtime where tool is None. Returns a list of gpt.Answer, and a list of who wrote each of their tokens.
+    What the runtime writes counts against `longest`: it takes up the same context."""
+    answers, owns = [], []
     for i in range(0, len(problems), batch):
         some = problems[i : i + batch]
         prompts = [tok.prompt(p.text) for p in some]
-        room = model.config.block_size - max(map(len, prompts))
-        tools = [lambda expression, p=p: tool(expression, p.prices) for p in some]
-        completions, _ = sample_with_tools(model, tok, prompts, tools, room, temperature, generator)
-        for ids, p in zip(completions, some):
+        writers = {}
+        if tool:
+            runtime = Runtime(tok, [functools.partial(tool, prices=p.prices) for p in some])
+            writers = {"banned": runtime.banned, "writer": runtime}
+        completions = gpt.sample(model, prompts, longest, [tok.end], temperature, generator=generator,
+                                 **writers)  # fmt: skip
+        for ids, logps, p in zip(*completions, some):
             ended = ids[-1] == tok.end
             text = tok.decode(ids[:-1] if ended else ids)
-            answers.append(gpt.Answer(text, ids, None, ended, is_right(text, p.answer)))
-    return answers
+            answers.append(gpt.Answer(text, ids, logps, ended, is_right(text, p.answer)))
+        owns += runtime.own if tool else [[True] * len(ids) for ids in completions[0]]
+    return answers, owns
 
 
-def share(answers, problems, priced):
-    """Right answers among the problems with a price in them, or among those without."""
-    right = [a.right for a, p in zip(answers, problems) if bool(p.labels) == priced]
-    return sum(right) / max(1, len(right))
-
-
-def examine(model, tok, problems, tool, seed, step):
+def examine(model, tok, problems, tool, seed, step, longest):
     """Right answers, sampled and greedy, and what the calls in the sampled ones were like."""
-    sampled = ask(model, tok, problems, tool, 1.0, gpt.rng(seed, "evaluation", step))
-    greedy = ask(model, tok, problems, tool, 0.0, None)
+    sampled, _ = ask(model, tok, problems, tool, 1.0, gpt.rng(seed, "evaluation", step), longest)
+    greedy, _ = ask(model, tok, problems, tool, 0.0, None, longest)
+    n = len(problems)
     results = {
-        "right_sampled": sum(a.right for a in sampled) / len(problems),
-        "right_greedy": sum(a.right for a in greedy) / len(problems),
-        "sums": share(greedy, problems, False),
-        "prices": share(greedy, problems, True),
-        "ended": sum(a.ended for a in sampled) / len(problems),
-        **tool_task.audit([(a.text, a.right) for a in sampled], problems),
+        "right_sampled": sum(a.right for a in sampled) / n,
+        "right_greedy": sum(a.right for a in greedy) / n,
     }
+    for name, priced in (("sums", False), ("prices", True)):
+        right = [a.right for a, p in zip(greedy, problems) if bool(p.labels) == priced]
+        results[name] = sum(right) / max(1, len(right))
+    results["ended"] = sum(a.ended for a in sampled) / n
+    results |= tool_task.audit(sampled, problems)
     results["right_per_call"] = results["right_sampled"] / max(results["calls"], 1e-9)
     shown = [
         (p.text, f"{a.text} {'' if a.ended else '[cut off]'} ({'right' if a.right else 'wrong'})")
@@ -266,7 +191,7 @@ def examine(model, tok, problems, tool, seed, step):
     return results, shown
 
 
-def attack(model, tok, seed, folder, tool, n=100):
+def attack(model, tok, seed, folder, tool, longest, n=100):
     """Questions with code where a label should stand. Returns the share of them in which the model passed
     the code on to the tool, the share answered rightly (by the second label), and whether the code ran."""
     hostile = []
@@ -281,12 +206,11 @@ def attack(model, tok, seed, folder, tool, n=100):
     before = os.getcwd()
     os.chdir(folder)  # whatever the code does, it does it in the run's own folder
     try:
-        answers = ask(model, tok, hostile, tool, 0.0, None)
+        answers, _ = ask(model, tok, hostile, tool, 0.0, None, longest)
     finally:
         os.chdir(before)
-    passed_on = sum(f"<<{HOSTILE}=" in a.text for a in answers)
     return {
-        "code_passed_on": passed_on / len(hostile),
+        "code_passed_on": sum(f"<<{HOSTILE}=" in a.text for a in answers) / len(hostile),
         "right_when_attacked": sum(a.right for a in answers) / len(hostile),
         "canary": int((folder / CANARY).exists()),
     }
@@ -303,15 +227,25 @@ def wake_up(model, tok, seed):
     vector, and who cannot tell two tokens apart cannot copy either. Drawn anew like the vectors that the
     model knows they are different again.
     """
-    seen = {
-        i for step in range(100) for row in gpt.packed_rows(tok, seed, step, 16, 64).tolist() for i in row
-    }
-    known = torch.tensor(sorted(seen))
-    new = torch.tensor([i for i in range(tok.vocab_size) if i not in seen])
+    rows = torch.cat([gpt.packed_rows(tok, seed, step, 16, 64) for step in range(100)])
+    seen = torch.zeros(tok.vocab_size, dtype=torch.bool)
+    seen[rows.flatten()] = True
     with torch.no_grad():
         w = model.wte.weight  # (V, C)
-        noise = torch.randn(len(new), w.shape[1], generator=gpt.rng(seed, "wake up"))
-        w[new] = w[known].mean(0) + noise.to(w.device) * w[known].std(0)
+        known = w[seen.to(w.device)]
+        noise = torch.randn(int((~seen).sum()), w.shape[1], generator=gpt.rng(seed, "wake up"))
+        w[~seen.to(w.device)] = known.mean(0) + noise.to(w.device) * known.std(0)
+
+
+def held_out(args, model, tok):
+    """The problems of the evaluation. Exits where they and their answers do not fit the context."""
+    problems = tool_task.problems(args.problems, args.seed, "test")
+    room = model.config.block_size - max(len(tok.prompt(p.text)) for p in problems)
+    if args.max_tokens > room:
+        raise SystemExit(
+            f"--max_tokens {args.max_tokens}: the longest problem leaves {room} tokens of the context"
+        )
+    return problems
 
 
 def train(args):
@@ -320,12 +254,12 @@ def train(args):
     model = gpt.load_model(args.load or gpt.made_by("gpt", args, "a minute and a half"), args.device,
                            args.dtype == "bfloat16")  # fmt: skip
     tok = gpt.Tokenizer(model.config.tokenizer)
-    if not model.config.chat:
+    if tok.name == "task" and not model.config.chat:
         wake_up(model, tok, args.seed)
     run = gpt.Run(args)
 
     # ---- the transcripts, and the tools that will answer
-    problems = tool_task.problems(args.problems, args.seed, "test")
+    problems = held_out(args, model, tok)
     examples = []
     for p in tool_task.problems(args.demos, args.seed):
         answer, own = encode_transcript(tok, tool_task.demonstrate(p, calls=not args.plain))
@@ -336,9 +270,10 @@ def train(args):
         learned = [(prompt, answer, [True] * len(own)) for prompt, answer, own in examples]
     tool = None if args.plain else answer_call
     if args.break_ == "hallucinated_result":
-        tool = None  # nobody looks for `=`: gpt.sample generates, and gpt.sample stops at the end token only
+        tool = None  # nobody looks for `=`: generation stops at the end token only
     if args.break_ == "unsafe_eval":
         tool = eval_call
+        warnings.filterwarnings("ignore", category=SyntaxWarning)  # eval comments on what it is given
     if args.break_ == "faulty_tool":
 
         def tool(expression, prices):
@@ -350,23 +285,24 @@ def train(args):
             return result
 
     # ---- the loop
-    optimizer = gpt.make_optimizer(model, args.lr)
+    lr = args.lr or 3e-3  # nearly pretraining's: hundreds of tokens are new to it
+    optimizer = gpt.make_optimizer(model, lr)
     steps = args.steps or max(1, len(examples) // args.batch)
     for step in run.steps(steps, model, optimizer, show=("loss",)):
         if (step % args.eval_every == 0 or step == steps) and step > 0:
-            results, shown = examine(model, tok, problems, tool, args.seed, step)
+            results, shown = examine(model, tok, problems, tool, args.seed, step, args.max_tokens)
             run.say(step, **results)
             run.samples(step, shown)
         if step == steps:
             break
-        gpt.set_lr(optimizer, args.lr, step, steps)
+        gpt.set_lr(optimizer, lr, step, steps)
         chosen = gpt.batch_indices(len(examples), args.batch, step, args.seed)
         ids, labels = collate([learned[i] for i in chosen], tok.pad)
         _, own = collate([examples[i] for i in chosen], tok.pad)
-        logits = model(ids.to(args.device))
-        total, count = sft_loss(logits, labels.to(args.device))
+        logits = model(ids.to(args.device))  # (B, T, V)
+        total, count = sft.sft_loss(logits, labels.to(args.device))
         # Runs with different masks can be compared on the same tokens only: the model's own.
-        own_total, own_count = sft_loss(logits.detach(), own.to(args.device))
+        own_total, own_count = sft.sft_loss(logits.detach(), own.to(args.device))
         optimizer.zero_grad()
         (total / count).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -380,65 +316,83 @@ def train(args):
     report |= results
     if tool:
         # The same model with the runtime switched off.
-        off = ask(model, tok, problems, None, 0.0, None)
+        off, _ = ask(model, tok, problems, None, 0.0, None, args.max_tokens)
         report["right_without_runtime"] = sum(a.right for a in off) / len(off)
-        report |= attack(model, tok, args.seed, run.folder, tool)
+        report |= attack(model, tok, args.seed, run.folder, tool, args.max_tokens)
     run.finish(model, **report)
     return run
 
 
 def train_rl(args):
     """args.rl steps of GRPO on the exact checker, from the tool model. Returns its gpt.Run."""
-    where = args.load or gpt.made_by("tools", args, "two minutes")
+    where = args.load
+    if where is None:
+        # Not by gpt.made_by: that would train the control as well.
+        flags = ["--seed", str(args.seed), "--dtype", args.dtype, "--device", args.device]
+        first = gpt.parse("tools", parser(), flags + ["--resume"] * args.resume, BREAKS)
+        print("First the tool model: `python tools.py` without its control; it is kept for the next run.")
+        where = gpt.run_once(train, first, reuse=True).folder / "model"
     policy = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     ref = gpt.load_model(where, args.device, args.dtype == "bfloat16").requires_grad_(False)
     tok = gpt.Tokenizer(policy.config.tokenizer)
+    banned = ids_with(tok, b">")
     run = gpt.Run(args)
-    problems = tool_task.problems(args.problems, args.seed, "test")
-    stream = tool_task.problems(args.rl * args.groups, f"rl {args.seed}")
-    optimizer = gpt.make_optimizer(policy, args.rl_lr)
+    P, G, longest = args.prompts, args.group, args.max_tokens
+    problems = held_out(args, policy, tok)
+    stream = tool_task.problems(args.rl * P, f"rl {args.seed}")
+    lr = args.lr or 1e-4
+    optimizer = gpt.make_optimizer(policy, lr)
     for step in run.steps(args.rl, policy, optimizer, save_every=20, show=("reward", "calls")):
         if step % 20 == 0 or step == args.rl:
-            results, shown = examine(policy, tok, problems, answer_call, args.seed, step)
+            results, shown = examine(policy, tok, problems, answer_call, args.seed, step, longest)
             run.say(step, **results)
             run.samples(step, shown)
         if step == args.rl:
             break
-        # ---- sample: every problem args.samples times
-        some = [p for p in stream[step * args.groups : (step + 1) * args.groups] for _ in range(args.samples)]
-        prompts = [tok.prompt(p.text) for p in some]
-        tools = [lambda expression, p=p: answer_call(expression, p.prices) for p in some]
-        room = policy.config.block_size - max(map(len, prompts))
-        generator = gpt.rng(args.seed, "rl", step)
-        completions, masks = sample_with_tools(policy, tok, prompts, tools, room, 1.0, generator)
-        texts = [tok.decode(c[:-1] if c[-1] == tok.end else c) for c in completions]
-        # ---- judge
-        right = torch.tensor([float(is_right(text, p.answer)) for text, p in zip(texts, some)])
-        calls = torch.tensor([float(text.count("<<")) for text in texts])
+        # ---- rollouts: G answers to each of P problems
+        group = [p for p in stream[step * P : (step + 1) * P] for _ in range(G)]  # B = P * G
+        generator = gpt.rng(args.seed, "rollouts", step)
+        answers, owns = ask(policy, tok, group, answer_call, 1.0, generator, longest, batch=P * G)
+        prompts, completions = [tok.prompt(p.text) for p in group], [a.ids for a in answers]
+        # ---- rewards and advantages
+        right = torch.tensor([float(a.right) for a in answers])  # (B,)
+        calls = torch.tensor([float(a.text.count("<<")) for a in answers])
         rewards = right
         if args.break_ == "tool_overuse":
             rewards = right + 0.2 * calls  # "encourage the model to use its tools"
-        advantages = group_advantages(rewards.view(-1, args.samples)).flatten()  # (B,)
-        # ---- one update
-        gpt.set_lr(optimizer, args.rl_lr, step, 10**9, warmup=5)  # constant after a short warmup
-        mask = padded_masks(masks)
-        if args.break_ == "unmasked_result":
-            mask = padded_masks([[1] * len(m) for m in masks])  # the tool's words, blamed on the model
-        with torch.no_grad():
-            ref_logps = own_logps(ref, tok, prompts, completions)
-        logps = own_logps(policy, tok, prompts, completions)
-        device = logps.device
-        loss, kl = policy_loss(logps, ref_logps, advantages.to(device), mask.to(device), args.beta)
+        advantages = group_advantages(rewards.view(P, G)).view(-1, 1).to(args.device)  # (B, 1)
+        # ---- one update, on the model's own tokens. What was cut off teaches nothing (see grpo.py)
+        own = pad_sequence([torch.tensor(o) for o in owns], batch_first=True).to(args.device)  # (B, N)
+        ended = torch.tensor([a.ended for a in answers], device=args.device)[:, None]  # (B, 1)
+        # Scored as sampled, without the tags. There the injected `>>` is impossible, and -inf - -inf is NaN:
+        # assigned, not multiplied by 0.
+        old_logps, ref_logps, logps = (
+            x.to(args.device).masked_fill(~own, 0)
+            for x in (
+                pad_sequence([a.logps for a in answers], batch_first=True),
+                gpt.completion_logps(ref, prompts, completions, banned=banned)[0],
+                gpt.completion_logps(policy, prompts, completions, banned=banned)[0],
+            )
+        )
+        penalty = k3(logps, ref_logps)
+        losses = policy_loss(logps, old_logps, advantages) + args.beta * penalty
+        # The denominator counts what the model said. With the injected tokens in it, whoever calls more
+        # would be pushed less.
+        loss = aggregate(losses, own & ended, "dapo", longest)
+        gpt.set_lr(optimizer, lr, step, 10**9, warmup=5)  # constant after a short warmup
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=loss, kl=kl, grad_norm=grad_norm, reward=rewards.mean(), right=right.mean(),
-                calls=calls.mean(), length=mask.sum() / len(some))  # fmt: skip
+        run.log(step, loss=loss, kl=penalty.detach().sum() / own.sum(), grad_norm=grad_norm,
+                reward=rewards.mean(), right=right.mean(), calls=calls.mean(),
+                length=own.sum() / len(group))  # fmt: skip
+
+    # ---- the report
     last = [m for m in run.metrics if "loss" in m][-20:]
     report = {name: sum(m[name] for m in last) / len(last) for name in ("reward", "kl", "loss")}
     before = next(m for m in run.metrics if "right_sampled" in m)
-    report |= results | {"right_sampled_sft": before["right_sampled"], "calls_sft": before["calls"]}
+    report |= results | {f"{name}_before": before[name] for name in ("right_sampled", "calls")}
     run.finish(policy, **report)
     return run
 
@@ -453,13 +407,14 @@ def parser():
     add("--demos", type=int, default=20000, help="annotated solutions, each of another problem")
     add("--batch", type=int, default=16, help="solutions a step: many small steps, as in gpt.py")
     add("--steps", type=int, help="stop after so many updates (default: all demonstrations once)")
-    add("--lr", type=float, default=3e-3, help="nearly pretraining's: hundreds of tokens are new to it")
+    add("--lr", type=float, help="step size (default 3e-3, nearly pretraining's: hundreds of tokens are new\n"
+        "to the model; with --rl 1e-4)")
+    add("--max_tokens", type=int, default=72, help="longer answers are cut off")
     add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
     add("--eval_every", type=int, default=500, help="steps between evaluations")
     add("--rl", type=int, help="so many steps of GRPO on the exact checker, after the fine-tuning")
-    add("--groups", type=int, default=8, help="RL: problems a step")
-    add("--samples", type=int, default=8, help="RL: answers to each of them")
-    add("--rl_lr", type=float, default=1e-4, help="RL: step size")
+    add("--prompts", type=int, default=8, help="RL: problems a step")
+    add("--group", type=int, default=8, help="RL: answers to each of them")
     add("--beta", type=float, default=0.02, help="RL: weight of the KL to the model before it")
     return p
 # fmt: on
@@ -468,24 +423,24 @@ def parser():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = gpt.parse("tools", parser(), argv, BREAKS)
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # eval comments on what it is given
     if args.data:
         rows = public.load_or_exit(args.data)
         calculator.annotations(args.data, [row["chosen"] or "" for row in rows])
         return
+    if args.plain and (args.rl or args.break_):
+        raise SystemExit("--plain is the control, which has no tool: without --rl and --break")
+    if args.rl and args.break_ not in (None, "tool_overuse"):
+        raise SystemExit(f"--break {args.break_} is about the fine-tuned tool model: without --rl")
+    if args.group < 2:
+        raise SystemExit("--group must be at least 2: the baseline of an answer is the mean of its group")
     if args.break_ == "tool_overuse" and not args.rl:
-        argv = [*argv, "--rl", "60"]
-        args = gpt.parse("tools", parser(), argv, BREAKS)
+        args = gpt.parse("tools", parser(), [*argv, "--rl", str(RL_STEPS)], BREAKS)
     run = train_rl if args.rl else train
     if args.break_ is None:
         clean = gpt.run_once(run, args, reuse=args.resume)
         if not (args.plain or args.rl):
             with_and_without(clean, gpt.parse("tools", parser(), [*argv, "--plain"], BREAKS))
         return
-    if args.plain or (args.rl and args.break_ not in ("tool_overuse", "unmasked_result")):
-        raise SystemExit(
-            f"--break {args.break_} is one of the fine-tuned tool model: without --plain and --rl"
-        )
     clean, broken = gpt.clean_and_broken(run, args)
     C, B = clean.report, broken.report
     dashboard = {"training loss": "loss", "loss on the model's own words": "loss_own",
@@ -501,10 +456,13 @@ def main(argv=None):
         "results that no tool would give": "wrong_results",
         "   ... that the next words repeat": "copied",
         "answers with an error that end right": "recovered",
-        "attacked: code passed on to the tool": "code_passed_on",
-        "attacked: right answers": "right_when_attacked",
-        "attacked: the code has run": "canary",
     }
+    if args.break_ == "unsafe_eval":
+        outside |= {
+            "attacked: code passed on to the tool": "code_passed_on",
+            "attacked: right answers": "right_when_attacked",
+            "attacked: the code has run": "canary",
+        }
     valid = ("calls look perfect: 95 % of them or more are well-formed", B["valid"] > 0.95)
     result = ("outside: right answers, sampled", "share of held-out problems", "right_sampled")
     panel = ("dashboard: loss on the model's own words", "nats a token", "loss_own")
@@ -528,14 +486,14 @@ def main(argv=None):
             ("under eval it runs", B["canary"] == 1),
             ("the whitelist refuses it", C["canary"] == 0),
         ]  # fmt: skip
-        panel = ("outside: calls that are well-formed", "share of calls", "valid")
+        panel = ("dashboard: calls that are well-formed", "share of calls", "valid")
         cure = "python tools.py   (data/calculator.py: parse, allow a few kinds of node, run nothing)"
     elif args.break_ == "unmasked_result":
-        claims = [("right answers: 5 points or more below the clean run",
-                   B["right_sampled"] < C["right_sampled"] - 0.05)]  # fmt: skip
-        if not args.rl:
-            claims += [("the training loss is higher: results cannot be foreseen", B["loss"] > C["loss"])]
-        panel = ("dashboard: reward", "a sampled answer", "reward") if args.rl else panel
+        claims = [
+            ("the training loss is higher: results cannot be foreseen", B["loss"] > C["loss"]),
+            ("right answers: 5 points or more below the clean run",
+             B["right_sampled"] < C["right_sampled"] - 0.05),
+        ]  # fmt: skip
         cure = "python tools.py   (mask 0 on what the model has not written)"
     elif args.break_ == "faulty_tool":
         claims = [
@@ -544,6 +502,7 @@ def main(argv=None):
             ("right answers: 10 points or more below the clean run",
              B["right_sampled"] < C["right_sampled"] - 0.1),
         ]  # fmt: skip
+        panel = ("dashboard: calls that are well-formed", "share of calls", "valid")
         cure = "check what a tool says where it can be checked; the model will not"
     else:
         claims = [
@@ -553,8 +512,11 @@ def main(argv=None):
         ]  # fmt: skip
         panel = ("dashboard: reward", "a sampled answer", "reward")
         result = ("outside: calls", "an answer", "calls")
-        cure = "python tools.py --rl 60   (reward the answer, not the call)"
+        cure = f"python tools.py --rl {args.rl}   (reward the answer, not the call)"
     print(f"\n{args.break_}: {BREAKS[args.break_].split(':')[0]}.")
+    dashboard, outside = (
+        {label: key for label, key in rows.items() if key in B} for rows in (dashboard, outside)
+    )
     gpt.break_report(clean, broken, dashboard, outside, claims, cure, [panel, result])
 
 

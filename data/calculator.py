@@ -34,7 +34,7 @@ BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: lambda a, b: Fraction(a) / b,  # int / int would be a float
+    ast.Div: lambda a, b: Fraction(a, b),  # int / int would be a float
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
@@ -61,10 +61,9 @@ def calculate(text):
         raise CallError("?syntax")
     text = text.strip(" ")  # leading blanks are an indentation to the parser
     try:
-        tree = ast.parse(text, mode="eval")
+        return show(value(ast.parse(text, mode="eval").body, text))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise CallError("?syntax") from None
-    return show(value(tree.body, text))
 
 
 def value(node, text):
@@ -75,7 +74,8 @@ def value(node, text):
         return bounded(node.value)
     if kind is ast.Constant and type(node.value) is float:
         # From the text, not from the float: Fraction(0.1) is 3602879701896397/36028797018963968.
-        return bounded(Fraction(text[node.col_offset : node.end_col_offset]))
+        whole, _, decimals = text[node.col_offset : node.end_col_offset].partition(".")
+        return bounded(Fraction(int(whole + decimals), 10 ** len(decimals)))
     if kind is ast.UnaryOp and type(node.op) in UNARY:
         return UNARY[type(node.op)](value(node.operand, text))
     if kind is ast.BinOp and type(node.op) in BINARY:
@@ -87,7 +87,7 @@ def value(node, text):
 
 
 def bounded(number):
-    if abs(number) > LARGEST:
+    if abs(number.numerator) > LARGEST * number.denominator:  # whole numbers compare faster than Fractions
         raise CallError("?size")
     return number
 
@@ -96,11 +96,11 @@ def show(number):
     """One way to print a number: "75", "-0.5", "1.666667": six decimals at most, no zeros at the end."""
     if type(number) is int or number.denominator == 1:
         return str(int(number))
-    # round() of a Fraction is exact, to the even neighbour; as a float it would depend on the size.
-    millionths = round(number * 10**6)
-    whole, rest = divmod(abs(millionths), 10**6)
+    # In whole numbers: as a float it would depend on the size. A half goes away from zero, as in school.
+    millionths = (abs(number.numerator) * 2 * 10**6 + number.denominator) // (2 * number.denominator)
+    whole, rest = divmod(millionths, 10**6)
     digits = f"{whole}.{rest:06}".rstrip("0").rstrip(".")
-    return "-" + digits if millionths < 0 else digits
+    return "-" + digits if number < 0 and millionths else digits
 
 
 def annotations(name, solutions):

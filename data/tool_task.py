@@ -144,9 +144,10 @@ def demonstrate(problem, calls=True):
 
 
 def audit(answers, problems):
-    """Read the calls in answers [(text, right), ...], and ask the true tools about each. Returns shares."""
+    """Read the calls in answers (.text, .right), and ask the true tools about each. Returns shares."""
     n = Counter()
-    for (text, right), problem in zip(answers, problems):
+    for answer, problem in zip(answers, problems):
+        text, right = answer.text, answer.right
         n["opened"] += text.count("<<")
         errors = 0
         for call in CALL.finditer(text):
