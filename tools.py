@@ -5,10 +5,10 @@
     python tools.py --rl 60                         then reinforcement learning on the exact checker
     python tools.py --data gsm8k/train.jsonl        GSM8K's own annotations through our calculator
 
-The stories are those of the other chapters with numbers up to 900: three-digit sums, which this model
-cannot work out, and prices, which it cannot know (data/tool_task.py). It learns to write a call,
+The stories are those of the other chapters with larger numbers: sums that this model cannot work
+out, and prices, which it cannot know (data/tool_task.py). It learns to write a call,
 
-    model:    <<640-14=              runtime:  626>>              model:    626 ...
+    model:    <<140-14=              runtime:  126>>              model:    126 ...
 
 and at `=` the *runtime* takes the pen: it works the expression out, writes the result and `>>` into the text,
 token by token, and gives the pen back. So two writers share one answer, and all that is
@@ -42,7 +42,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import gpt
-import sft
 from data import calculator, public, tool_task
 from data.checker import is_right
 from data.tool_task import answer_call
@@ -134,13 +133,32 @@ def eval_call(expression, prices):
         return "?key"
 
 
-def collate(examples, pad):
-    """[(prompt ids, answer ids, own)] -> ids (B, T), labels (B, T): IGNORE in prompts, padding and where
-    own is False."""
-    ids, labels = sft.collate([(prompt, answer) for prompt, answer, _ in examples], pad)
-    for row, (prompt, answer, own) in enumerate(examples):
-        labels[row, len(prompt) : len(prompt) + len(answer)][~torch.tensor(own)] = sft.IGNORE
-    return ids, labels
+def loss_on(logps, mask):
+    """The mean negative log-likelihood of the tokens in the mask. (B, N), (B, N) bool -> a number
+
+    Chosen, not multiplied by 0: what the tool says can be as good as impossible to the model, and
+    the denominator counts what is learned, not what is read.
+    """
+    return -logps[mask].mean()
+
+
+def rl_loss(logps, old_logps, ref_logps, advantages, own, beta):
+    """GRPO (grpo.py) on the tokens that the model wrote itself. Returns (loss, KL a token).
+
+    logps, old_logps, ref_logps, own: (B, N). advantages: (B, 1). The denominator counts the model's own
+    tokens as well: with the injected ones in it, whoever calls more would be pushed less.
+    """
+    # For the model the injected `>>` is impossible, and its ratio exp(-inf - -inf) is NaN, which no
+    # multiplication by 0 makes good again.
+    logps, old_logps, ref_logps = (x.masked_fill(~own, 0) for x in (logps, old_logps, ref_logps))
+    penalty = k3(logps, ref_logps)
+    loss = aggregate(policy_loss(logps, old_logps, advantages) + beta * penalty, own, "dapo", own.shape[1])
+    return loss, penalty.detach().sum() / own.sum().clamp(min=1)
+
+
+def padded(owns, device):
+    """Lists of who wrote each token -> (B, N) bool, False behind the end."""
+    return pad_sequence([torch.tensor(own) for own in owns], batch_first=True).to(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,10 +282,6 @@ def train(args):
     for p in tool_task.problems(args.demos, args.seed):
         answer, own = encode_transcript(tok, tool_task.demonstrate(p, calls=not args.plain))
         examples.append((tok.prompt(p.text), answer, own))
-    learned = examples
-    if args.break_ in ("hallucinated_result", "unmasked_result"):
-        # Both forget who wrote what: "it is all text". One line less in the data pipeline.
-        learned = [(prompt, answer, [True] * len(own)) for prompt, answer, own in examples]
     tool = None if args.plain else answer_call
     if args.break_ == "hallucinated_result":
         tool = None  # nobody looks for `=`: generation stops at the end token only
@@ -297,17 +311,19 @@ def train(args):
             break
         gpt.set_lr(optimizer, lr, step, steps)
         chosen = gpt.batch_indices(len(examples), args.batch, step, args.seed)
-        ids, labels = collate([learned[i] for i in chosen], tok.pad)
-        _, own = collate([examples[i] for i in chosen], tok.pad)
-        logits = model(ids.to(args.device))  # (B, T, V)
-        total, count = sft.sft_loss(logits, labels.to(args.device))
-        # Runs with different masks can be compared on the same tokens only: the model's own.
-        own_total, own_count = sft.sft_loss(logits.detach(), own.to(args.device))
+        prompts, answers, owns = zip(*(examples[i] for i in chosen))
+        logps, exists = gpt.completion_logps(model, prompts, answers)  # (B, N), (B, N)
+        own = padded(owns, args.device)  # (B, N)
+        learned = own
+        if args.break_ in ("hallucinated_result", "unmasked_result"):
+            learned = exists  # both forget who wrote what: "it is all text"
+        loss = loss_on(logps, learned)
         optimizer.zero_grad()
-        (total / count).backward()
+        loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=total / count, loss_own=own_total / own_count, grad_norm=grad_norm)
+        # Runs with different masks can be compared on the same tokens only: the model's own.
+        run.log(step, loss=loss, loss_own=loss_on(logps.detach(), own), grad_norm=grad_norm)
 
     # ---- the report
     model.config.chat = True
@@ -361,32 +377,21 @@ def train_rl(args):
         if args.break_ == "tool_overuse":
             rewards = right + 0.2 * calls  # "encourage the model to use its tools"
         advantages = group_advantages(rewards.view(P, G)).view(-1, 1).to(args.device)  # (B, 1)
-        # ---- one update, on the model's own tokens. What was cut off teaches nothing (see grpo.py)
-        own = pad_sequence([torch.tensor(o) for o in owns], batch_first=True).to(args.device)  # (B, N)
+        # ---- one update. What was cut off counts in the baseline and teaches nothing (see grpo.py)
         ended = torch.tensor([a.ended for a in answers], device=args.device)[:, None]  # (B, 1)
-        # Scored as sampled, without the tags. There the injected `>>` is impossible, and -inf - -inf is NaN:
-        # assigned, not multiplied by 0.
-        old_logps, ref_logps, logps = (
-            x.to(args.device).masked_fill(~own, 0)
-            for x in (
-                pad_sequence([a.logps for a in answers], batch_first=True),
-                gpt.completion_logps(ref, prompts, completions, banned=banned)[0],
-                gpt.completion_logps(policy, prompts, completions, banned=banned)[0],
-            )
-        )
-        penalty = k3(logps, ref_logps)
-        losses = policy_loss(logps, old_logps, advantages) + args.beta * penalty
-        # The denominator counts what the model said. With the injected tokens in it, whoever calls more
-        # would be pushed less.
-        loss = aggregate(losses, own & ended, "dapo", longest)
+        own = padded(owns, args.device) & ended  # (B, N)
+        old_logps = pad_sequence([a.logps for a in answers], batch_first=True)  # as the sampler saw them
+        with torch.no_grad():
+            ref_logps, _ = gpt.completion_logps(ref, prompts, completions, banned=banned)
+        logps, _ = gpt.completion_logps(policy, prompts, completions, banned=banned)
+        loss, kl = rl_loss(logps, old_logps, ref_logps, advantages, own, args.beta)
         gpt.set_lr(optimizer, lr, step, 10**9, warmup=5)  # constant after a short warmup
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=loss, kl=penalty.detach().sum() / own.sum(), grad_norm=grad_norm,
-                reward=rewards.mean(), right=right.mean(), calls=calls.mean(),
-                length=own.sum() / len(group))  # fmt: skip
+        run.log(step, loss=loss, kl=kl, grad_norm=grad_norm, reward=rewards.mean(), right=right.mean(),
+                calls=calls.mean(), length=own.sum() / len(group))  # fmt: skip
 
     # ---- the report
     last = [m for m in run.metrics if "loss" in m][-20:]

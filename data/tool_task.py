@@ -1,12 +1,12 @@
 """The tool task: the same stories with numbers that are too large to work out in one's head.
 
-    Leo has 640 eggs. Leo sells 14. Leo sells the eggs #x)7/k47. How many coins does Leo have?
+    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #x)7/k47. How many coins does Leo have?
 
-    <<640-14=626>>626
+    <<140-14=126>>126
     <<x)7=?key>>
     <<k47=12>>12
-    <<626*12=7512>>7512
-    #### 7512
+    <<126*12=1512>>1512
+    #### 1512
 
 `<<` opens a call and `=` asks for the result, as in GSM8K's calculator annotations. What follows up to `>>`
 is not the solver's: a calculator says it (data/calculator.py), or, where the call has a letter in it, the
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from data import task
 from data.calculator import CallError, calculate
 
-START, OPERAND = (100, 900), (11, 99)
+START, OPERAND = (60, 199), (11, 99)
 PRICED = 0.4  # of the problems end in the shop
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 GARBLED = LETTERS + DIGITS + "()',"  # what a label in bad print may be read as
@@ -46,7 +46,7 @@ class Problem:
 
 
 def make_label(rng):
-    return rng.choice(LETTERS) + str(rng.randint(1, 199))
+    return f"k{rng.randint(1, 199)}"
 
 
 def work(start, steps):

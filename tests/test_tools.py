@@ -37,6 +37,7 @@ OPEN, EQUALS, CLOSE = TOK.encode("<<=>>")
     [
         ("48+27", "75"), ("0.1+0.2", "0.3"), (".1+.2", "0.3"), ("7-9", "-2"), ("-3*-2", "6"), ("+10", "10"),
         ("(7-2)*3", "15"), ("7/2", "3.5"), ("1/3", "0.333333"), ("2/3", "0.666667"), ("-1/3", "-0.333333"),
+        ("1/2000000", "0.000001"), ("-1/2000000", "-0.000001"), ("-.0000004", "0"),
         ("7//2", "3"), ("-7//2", "-4"), ("7%3", "1"), ("6/3", "2"), ("5.", "5"), (" 1 + 1 ", "2"), ("0", "0"),
         ("-0", "0"), ("0.0000001", "0"), ("-0.0000001", "0"), ("1000000*1.5", "1500000"), ("2-2.0", "0"),
         ("999999999999999+1", "1000000000000000"), ("0.1*3-0.3", "0"), ("1.10", "1.1"),
@@ -256,6 +257,7 @@ def test_known_attacks(tmp_path, monkeypatch):
     assert peak < 5e6, peak
 
 
+@pytest.mark.filterwarnings("error")  # the parser must not comment on what it is given, either
 def test_fuzz(tmp_path, monkeypatch):
     """10^5 inputs: pieces of the grammar in any order, mutated calls, and random bytes."""
     monkeypatch.chdir(tmp_path)
@@ -410,11 +412,12 @@ def test_answer_call():
 
 def test_audit_by_hand():
     p = SimpleNamespace(prices={"k47": 12})
-    answers = [
+    texts = [
         ("<<7+5=12>>12\n<<m3=?key>>\n<<k47=12>>12\n#### 144", True),  # an error, recovered from
         ("<<7+5=13>>13\n<<12*2=25>>24\n#### 24", False),  # two wrong results, one copied
         ("<<7+=?syntax>>\n<<7+5", False),  # an error, and a call that nobody closed
     ]
+    answers = [SimpleNamespace(text=text, right=right) for text, right in texts]
     found = tool_task.audit(answers, [p] * 3)
     assert found == pytest.approx({"calls": 7 / 3, "valid": 5 / 7, "wrong_results": 2 / 6, "copied": 1 / 2,
                                    "errors": 2 / 3, "recovered": 1 / 2})  # fmt: skip
@@ -457,6 +460,14 @@ class Scripted:
         return logits
 
 
+def with_tools(model, prompts, functions, n, temperature=0.0, generator=None):
+    """(ids, log-probabilities, who wrote each token) of one completion a prompt."""
+    runtime = tools.Runtime(TOK, functions)
+    ids, logps = gpt.sample(model, prompts, n, [TOK.end], temperature, generator=generator,
+                            banned=runtime.banned, writer=runtime)  # fmt: skip
+    return ids, logps, runtime.own
+
+
 def test_the_runtime_takes_the_pen_at_equals():
     asked = []
 
@@ -466,10 +477,10 @@ def test_the_runtime_takes_the_pen_at_equals():
 
     model = Scripted("<<7+5=")
     model.next[CLOSE] = TOK.encode("Leo")[0]
-    (ids,), (mask,) = tools.sample_with_tools(model, TOK, [TOK.prompt("Hi")], [tool], 30, 0)
+    (ids,), _, (own,) = with_tools(model, [TOK.prompt("Hi")], [tool], 30)
     assert asked == ["7+5"]
     assert pieces(ids) == ["<<", "7", "+", "5", "=", "192", "0", ">>", "Leo", "<|end|>"]
-    assert mask == [1] * 5 + [0] * 3 + [1] * 2  # the model's own `1920` would have been anything
+    assert own == [True] * 5 + [False] * 3 + [True] * 2  # the model's own `1920` could be anything
 
 
 def test_rows_have_queues_of_their_own():
@@ -479,23 +490,23 @@ def test_rows_have_queues_of_their_own():
     model.next |= {leo: mia, mia: OPEN, CLOSE: TOK.end}
     prompts = [TOK.prompt("Hi"), [leo], [CLOSE], [OPEN, call], TOK.prompt("Leo has")]
     answers = [lambda e: "1", lambda e: "1920", lambda e: "3", lambda e: "4", lambda e: "?key"]
-    ids, masks = tools.sample_with_tools(model, TOK, prompts, answers, 30, 0)
+    ids, _, owns = with_tools(model, prompts, answers, 30)
     assert [TOK.decode(c) for c in ids] == [
         "<<7+5=1>><|end|>", "Mia<<7+5=1920>><|end|>", "<|end|>",
         # The prompt's `<<` opens nothing: what the model says there is no call, and nobody answers `=`.
         "+5=<|end|>", "<<7+5=?key>><|end|>",
     ]  # fmt: skip
-    assert [mask.count(0) for mask in masks] == [2, 3, 0, 0, 5]
-    assert list(map(len, ids)) == list(map(len, masks))
+    assert [own.count(False) for own in owns] == [2, 3, 0, 0, 5]
+    assert list(map(len, ids)) == list(map(len, owns))
 
 
 def test_injected_tokens_count_against_the_budget():
     model = Scripted("<<7+5=")
     for n in range(1, 9):
-        (ids,), (mask,) = tools.sample_with_tools(model, TOK, [TOK.prompt("Hi")], [lambda e: "1920"], n, 0)
-        assert len(ids) == len(mask) == n
+        (ids,), (logps,), (own,) = with_tools(model, [TOK.prompt("Hi")], [lambda e: "1920"], n)
+        assert len(ids) == len(own) == len(logps) == n
     with pytest.raises(ValueError, match="do not fit"):
-        tools.sample_with_tools(model, TOK, [[1] * 100], [str], 29)
+        with_tools(model, [[1] * 100], [str], 29)
 
 
 def random_model(seed=0):
@@ -504,140 +515,153 @@ def random_model(seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0, 0.3)
-        # So that a random model opens calls, and closes them: these three look alike.
+        # So that a random model opens calls, and wants to close them: these three look alike.
         model.wte.weight[[OPEN, EQUALS, CLOSE]] *= 3
     return model.requires_grad_(False)
 
 
-def random_run(temperature, seed=0, n=60):
+ANSWERS = ["1920", "75", "?key", "-3"]
+
+
+def random_run(seed=0, n=60):
+    """24 prompts, the first two of them equal; the tool of row i always says ANSWERS[i % 4]."""
     model, rng = random_model(seed), random.Random(seed)
     prompts = [[rng.randrange(TOK.vocab_size - 4) for _ in range(rng.randint(1, 20))] for _ in range(24)]
-    answers = ["1920", "75", "?key", "-3"]
-    told = [lambda e, i=i: answers[i % 4] for i in range(24)]
-    ids, masks = tools.sample_with_tools(model, TOK, prompts, told, n, temperature, gpt.rng(seed))
-    return model, prompts, ids, masks, answers
+    prompts[1] = prompts[0]
+    told = [lambda e, i=i: ANSWERS[i % 4] for i in range(24)]
+    return model, prompts, *with_tools(model, prompts, told, n, 1.0, gpt.rng(seed))
 
 
 def test_the_model_cannot_write_result_tags():
-    tags = tools.result_tags(TOK)
+    tags = tools.ids_with(TOK, b">")
     assert set(tags) == {CLOSE, *TOK.encode(">")} and len(tags) == 2
     calls = 0
     for seed in range(12):
-        _, _, ids, masks, answers = random_run(1.0, seed)
-        for row, (completion, mask) in enumerate(zip(ids, masks)):
-            assert not any(i in tags for i, m in zip(completion, mask) if m)
-            # Every injected run of tokens is the tool's answer (the last one may be cut off).
-            runs = re.findall("0+", "".join(map(str, mask)))
-            expected = TOK.encode(answers[row % 4] + ">>")
-            at = 0
-            for run in runs:
-                at = "".join(map(str, mask)).index(run, at)
-                part = completion[at : at + len(run)]
-                # two calls cannot touch: the model speaks in between
-                assert part == expected[: len(part)] and (
-                    len(part) == len(expected) or at + len(run) == len(mask)
-                )
-                at += len(run)
-            calls += len(runs)
+        _, _, ids, _, owns = random_run(seed)
+        for row, (completion, own) in enumerate(zip(ids, owns)):
+            assert not any(i in tags for i, mine in zip(completion, own) if mine)
+            # Every injected run of tokens is the tool's answer; the last one may be cut off.
+            for run in re.finditer("0+", "".join("01"[mine] for mine in own)):
+                part = completion[run.start() : run.end()]
+                expected = TOK.encode(ANSWERS[row % 4] + ">>")
+                # Two calls cannot touch: the model speaks in between.
+                assert part == expected[: len(part)]
+                assert len(part) == len(expected) or run.end() == len(own)
+                calls += 1
     assert calls > 20  # random models do call
 
 
-def test_logits_after_an_injection_cached_as_uncached():
-    model, prompts, ids, masks, _ = random_run(0, 1)
-    assert sum(mask.count(0) for mask in masks) > 10
-    tags = tools.result_tags(TOK)
-    for prompt, completion, mask in zip(prompts, ids, masks):
-        logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1]
-        logits[:, tags] = -torch.inf
-        for t, (token, mine) in enumerate(zip(completion, mask)):
-            if mine:
-                assert logits[t].max() - logits[t, token] < 1e-3
+def injected_runs():
+    """Seeds whose random model calls a tool often enough to test with."""
+    found = [seed for seed in range(12) if sum(o.count(False) for o in random_run(seed)[-1]) > 10]
+    assert len(found) >= 2
+    return found[:3]
+
+
+def test_after_an_injection_cached_as_uncached():
+    """What the sampler saw through its cache is what one pass over the finished text gives."""
+    for seed in injected_runs():
+        model, prompts, ids, logps, owns = random_run(seed)
+        for prompt, completion, sampled, own in zip(prompts, ids, logps, owns):
+            logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1]
+            logits[:, tools.ids_with(TOK, b">")] = -torch.inf
+            whole = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+            own = torch.tensor(own)
+            assert torch.allclose(sampled[own], whole[own], atol=1e-3)
+
+
+def test_scored_as_sampled():
+    """completion_logps without the tags is the distribution that was drawn from: the ratio starts at 1."""
+    for seed in injected_runs():
+        model, prompts, ids, sampled, owns = random_run(seed)
+        banned = tools.ids_with(TOK, b">")
+        logps, exists = gpt.completion_logps(model, prompts, ids, banned=banned)
+        own = tools.padded(owns, "cpu")
+        assert own.shape == exists.shape and (exists | ~own).all()
+        # The mask's sum is the number of sampled tokens, and nothing else.
+        assert own.sum() == sum(map(sum, owns)) == exists.sum() - sum(o.count(False) for o in owns)
+        sampled = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True)
+        assert torch.allclose(logps[own], sampled[own], atol=1e-3)
+        assert logps[~own & exists].isinf().any()  # the injected `>>`, which the model may not say
 
 
 # --- the losses ---
 
 
+def test_loss_by_hand():
+    logps = torch.tensor([[-1.0, -2.0, -torch.inf], [-0.5, -9.0, 0.0]], requires_grad=True)
+    own = torch.tensor([[True, True, False], [True, False, False]])
+    loss = tools.loss_on(logps, own)
+    loss.backward()
+    assert loss.item() == pytest.approx(3.5 / 3)
+    assert torch.equal(logps.grad, torch.tensor([[-1, -1, 0], [-1, 0, 0]]) / 3)
+
+
 def test_no_gradient_where_the_runtime_wrote():
+    """The logits that predict the runtime's tokens get gradient 0, those of the model's own tokens do not;
+    and the loss is sft.py's with the other labels masked."""
     answer, own = tools.encode_transcript(TOK, "<<640*3=1920>>1920\n#### 1920")
-    prompt = TOK.prompt("Leo has 640 eggs.")
-    ids, labels = tools.collate([(prompt, answer, own), (prompt[:3], answer[:4], own[:4])], TOK.pad)
-    assert labels[0, len(prompt) :].tolist() == [i if mine else IGNORE for i, mine in zip(answer, own)]
-    logits = torch.randn(*ids.shape, TOK.vocab_size, generator=gpt.rng(0)).requires_grad_()
-    total, n = sft_loss(logits, labels)
-    assert n == sum(own) + 4
-    total.backward()
-    touched = (logits.grad.abs().sum(-1) > 0)[0]
-    # The logits at t are about the token at t + 1.
-    assert touched[len(prompt) - 1 : -1].tolist() == own and not touched[: len(prompt) - 1].any()
+    prompt, model = TOK.prompt("Leo has 640 eggs."), random_model().requires_grad_(True)
+    heads, head = [], model.head
+    model.head = lambda hidden: heads.append(head(hidden)) or heads[-1]
+    logps, exists = gpt.completion_logps(model, [prompt], [answer])
+    (logits,) = heads  # (N, V), one row a token of the answer
+    logits.retain_grad()
+    loss = tools.loss_on(logps, torch.tensor([own]))
+    loss.backward()
+    assert (logits.grad.abs().sum(-1) > 0).tolist() == own and exists.all()
+    ids = torch.tensor([prompt + answer])
+    labels = torch.tensor([[IGNORE] * len(prompt) + [i if mine else IGNORE for i, mine in zip(answer, own)]])
+    total, n = sft_loss(model(ids), labels)
+    assert n == sum(own) and loss.item() == pytest.approx((total / n).item(), rel=1e-5)
 
 
-def test_policy_loss_by_hand():
+def test_rl_loss_by_hand():
     logps = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -1.0, 0.0]], requires_grad=True)
-    mask = torch.tensor([[True, False, True], [True, True, False]])
-    loss, kl = tools.policy_loss(logps, logps.detach(), torch.tensor([1.0, -2.0]), mask, 0.1)
+    own = torch.tensor([[True, False, True], [True, True, False]])
+    advantages = torch.tensor([[1.0], [-2.0]])
+    old = logps.detach()
+    loss, kl = tools.rl_loss(logps, old, old, advantages, own, 0.1)
     assert loss.item() == pytest.approx((-1 - 1 + 2 + 2) / 4) and kl == 0
     loss.backward()
     # REINFORCE: minus the advantage, over the four tokens that were sampled; nothing where they were not.
     assert torch.allclose(logps.grad, torch.tensor([[-1 / 4, 0, -1 / 4], [2 / 4, 2 / 4, 0]]))
-    ref = logps.detach() + torch.tensor([[0.5, 9.0, 0.0], [0.0, -0.2, 9.0]])
-    _, kl = tools.policy_loss(logps, ref, torch.zeros(2), mask, 0.1)
+    ref = old + torch.tensor([[0.5, 9.0, 0.0], [0.0, -0.2, 9.0]])
+    loss, kl = tools.rl_loss(logps, old, ref, advantages * 0, own, 0.1)
     expected = torch.tensor([0.5, -0.2]).exp() - 1 - torch.tensor([0.5, -0.2])
     assert kl.item() == pytest.approx(expected.sum().item() / 4, rel=1e-4)
+    assert loss.item() == pytest.approx(0.1 * kl.item(), rel=1e-4)
 
 
 def test_what_the_tool_says_changes_neither_loss_nor_gradient():
     """More injected tokens, less likely ones, impossible ones: the same loss, KL and gradient."""
     g = gpt.rng("policy")
-    logps, ref = -torch.rand(4, 6, generator=g), -torch.rand(4, 6, generator=g)
-    advantages = torch.randn(4, generator=g)
+    logps, ref, old = (-torch.rand(4, 6, generator=g) for _ in range(3))
+    advantages = torch.randn(4, 1, generator=g)
     results = []
     for wide, fill in ((0, 0.0), (3, -1.0), (3, -50.0), (5, -torch.inf)):
         injected = torch.full((4, wide), fill)
-        x = torch.cat([logps[:, :3], injected, logps[:, 3:]], 1).requires_grad_()
-        r = torch.cat([ref[:, :3], injected, ref[:, 3:]], 1)
-        mask = torch.tensor([True] * 3 + [False] * wide + [True] * 3).expand(4, -1)
-        loss, kl = tools.policy_loss(x, r, advantages, mask, 0.3)
+        x, r, o = (torch.cat([y[:, :3], injected, y[:, 3:]], 1) for y in (logps, ref, old))
+        x.requires_grad_()
+        own = torch.tensor([True] * 3 + [False] * wide + [True] * 3).expand(4, -1)
+        loss, kl = tools.rl_loss(x, o, r, advantages, own, 0.3)
         loss.backward()
         assert (x.grad[:, 3 : 3 + wide] == 0).all()
-        results.append(torch.cat([loss[None], kl[None], x.grad[mask]]))
+        results.append(torch.cat([loss[None], kl[None], x.grad[own]]))
     for other in results[1:]:
-        assert torch.equal(other, results[0])
-
-
-def test_mask_sum_is_the_number_of_sampled_tokens():
-    _, _, ids, masks, _ = random_run(1.0, 2)
-    mask = tools.padded_masks(masks)
-    assert mask.shape == (24, max(map(len, ids))) and mask.sum() == sum(map(sum, masks))
-
-
-def test_scored_as_sampled():
-    """own_logps: the distribution that was drawn from, without the result tags; the model stays as it was."""
-    model, prompts, ids, masks, _ = random_run(1.0, 3)
-    logps = tools.own_logps(model, TOK, prompts, ids)
-    tags = tools.result_tags(TOK)
-    for row in range(5):
-        logits = model(torch.tensor([prompts[row] + ids[row]]))[0, len(prompts[row]) - 1 : -1]
-        logits[:, tags] = -torch.inf
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[row])[:, None])[:, 0]
-        own = torch.tensor(masks[row]).bool()
-        assert torch.allclose(logps[row, : len(own)][own], expected[own], atol=1e-4)
-    assert model.head(torch.zeros(1, 32))[0, CLOSE] == 0
+        assert torch.allclose(other, results[0], rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_through_impossible_results_is_finite():
-    model, prompts, ids, masks, _ = random_run(1.0, 4)
+    model, prompts, ids, sampled, owns = random_run(injected_runs()[0])
     model.requires_grad_(True)
-    logps = tools.own_logps(model, TOK, prompts, ids)
+    logps, _ = gpt.completion_logps(model, prompts, ids, banned=tools.ids_with(TOK, b">"))
     assert logps.isinf().any()  # the injected `>>`
-    loss, _ = tools.policy_loss(logps, logps.detach(), torch.ones(24), tools.padded_masks(masks), 0.1)
+    old = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True)
+    own = tools.padded(owns, "cpu")
+    loss, _ = tools.rl_loss(logps, old, logps.detach() - 0.1, torch.ones(24, 1), own, 0.1)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-def test_group_advantages():
-    found = tools.group_advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
-    assert found[0].tolist() == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=1e-4)
-    assert (found[1] == 0).all()
 
 
 # --- eval, and why not ---
@@ -687,7 +711,7 @@ def test_clean_run_and_control(base, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", list(tools.BREAKS))
 def test_breaks_run(base, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    flags = ["--rl", "2", "--groups", "2", "--samples", "2"] if name == "tool_overuse" else []
+    flags = ["--rl", "2", "--prompts", "2", "--group", "2"] if name == "tool_overuse" else []
     tools.main(["--break", name, "--load", str(base), *TINY, *flags])
     out = capsys.readouterr().out
     assert f"The documented signature of {name}: " in out
