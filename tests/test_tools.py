@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -680,51 +681,48 @@ def test_eval_runs_what_the_whitelist_refuses(tmp_path, monkeypatch):
     assert tools.eval_call("9**9**9", {}) == "?size" and tools.eval_call("exit()", {}) == "?key"
 
 
-# --- end to end, as small as it gets ---
-
-TINY = "--demos 32 --batch 8 --problems 5 --eval_every 2 --device cpu".split()
+# --- the signatures, at their documented size ---
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        gpt.main("--n_layer 1 --n_embd 32 --length 16 --batch 2 --steps 20 --device cpu".split())
-    return folder / "runs" / next((folder / "runs").iterdir()).name / "model"
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tools")
 
 
-def test_clean_run_and_control(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tools.main(["--load", str(base), *TINY])
-    out = capsys.readouterr().out
-    assert "with the tool" in out and "runtime switched off" in out
-    reports = sorted((tmp_path / "runs").glob("*/report.json"))
-    assert len(reports) == 2 and "plain" in str(reports[1])
-    report = json.loads(reports[0].read_text())
-    assert report["canary"] == 0 and report["wrong_results"] == 0
-    # A second time the control is taken from the disk.
-    tools.main(["--load", str(base), *TINY])
-    assert "already there" in capsys.readouterr().out
+def run_tools(folder, *flags):
+    """Run tools.py as a reader would; returns what was printed."""
+    command = [sys.executable, str(REPO / "tools.py"), "--seed", str(SEED), *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
-@pytest.mark.parametrize("name", list(tools.BREAKS))
-def test_breaks_run(base, tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--rl", "2", "--prompts", "2", "--group", "2"] if name == "tool_overuse" else []
-    tools.main(["--break", name, "--load", str(base), *TINY, *flags])
-    out = capsys.readouterr().out
-    assert f"The documented signature of {name}: " in out
-    assert (next((tmp_path / "runs").glob(f"tools-{name}*")) / "figure.png").stat().st_size > 5000
+def report_of(folder, name):
+    return json.loads((folder / "runs" / name / "report.json").read_text())
 
 
-def test_wrong_input(base, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for flags, word in (
-        (["--data", "missing.jsonl"], "missing.jsonl"),
-        (["--break", "faulty_tool", "--plain", "--load", str(base)], "--plain"),
-        (["--break", "unsafe_eval", "--rl", "3", "--load", str(base)], "--rl"),
-    ):
-        with pytest.raises(SystemExit) as error:
-            tools.main(flags)
-        assert word in str(error.value)
+@pytest.mark.slow
+def test_with_and_without(folder):
+    """What the chapter is about: 40 points between the model with its tool and the control."""
+    run_tools(folder)
+    clean, plain = (report_of(folder, f"tools{flag}-seed={SEED}") for flag in ("", "-plain=True"))
+    for key in ("right_greedy", "right_sampled", "sums", "prices"):
+        assert clean[key] > plain[key] + 0.4, key
+    assert clean["valid"] > 0.95 and clean["wrong_results"] == 0 and clean["canary"] == 0
+    assert clean["recovered"] > 0.5  # the second label is asked for where the first one is unknown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hallucinated_result", "unsafe_eval"])
+def test_required_signatures(folder, name):
+    printed = run_tools(folder, "--break", name)
+    assert report_of(folder, f"tools-{name}-seed={SEED}")["reproduced"], printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unmasked_result", "faulty_tool", "tool_overuse"])
+def test_reported_either_way(folder, name):
+    printed = run_tools(folder, "--break", name)
+    rl = "-rl=60" if name == "tool_overuse" else ""
+    broken = report_of(folder, f"tools-{name}{rl}-seed={SEED}")
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]
