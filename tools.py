@@ -22,10 +22,11 @@ that of Cobbe et al. 2021; the masks: Jin et al. 2025, "Search-R1".)
 The breaks:
     hallucinated_result  no stop at the boundary: all of a transcript is text to the model, and it writes on
                          through the `=`. Calls look perfect, results are invented.
-    unsafe_eval          the calculator is Python's eval. Nothing changes, until a question contains code.
-                         (CVE-2023-29374)
+    unsafe_eval          the calculator is Python's eval. The same model, the same answers, until a question
+                         contains code. (CVE-2023-29374)
     unmasked_result      the loss is on the results as well. (Search-R1 loses a fifth by it, with RL.)
-    faulty_tool          the tool is silently wrong in one call of ten: copied without a doubt.
+    faulty_tool          the same model again; the tool is silently wrong in one call of ten. Copied without
+                         a doubt.
     tool_overuse         reinforcement learning with a small reward for every call.
 """
 
@@ -187,9 +188,10 @@ def ask(model, tok, problems, tool, temperature, generator, longest, batch=250):
     return answers, owns
 
 
-def examine(model, tok, problems, tool, seed, step, longest):
+def examine(model, tok, problems, tool, seed, longest):
     """Right answers, sampled and greedy, and what the calls in the sampled ones were like."""
-    sampled, _ = ask(model, tok, problems, tool, 1.0, gpt.rng(seed, "evaluation", step), longest)
+    # The same random numbers every time: one model with two tools differs by what the tools say alone.
+    sampled, _ = ask(model, tok, problems, tool, 1.0, gpt.rng(seed, "evaluation"), longest)
     greedy, _ = ask(model, tok, problems, tool, 0.0, None, longest)
     n = len(problems)
     results = {
@@ -269,8 +271,13 @@ def held_out(args, model, tok):
 def train(args):
     """One run of supervised fine-tuning, from the base model to the report. Returns its gpt.Run."""
     # ---- the model we start from
-    model = gpt.load_model(args.load or gpt.made_by("gpt", args, "a minute and a half"), args.device,
-                           args.dtype == "bfloat16")  # fmt: skip
+    where = args.load or gpt.made_by("gpt", args, "a minute and a half")
+    steps = args.steps or max(1, args.demos // args.batch)
+    if args.break_ in ("unsafe_eval", "faulty_tool"):
+        # Another tool, and nothing else: the clean run's model, trained no further.
+        where = gpt.Run(argparse.Namespace(**{**vars(args), "break_": None})).folder
+        steps = 0
+    model = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     tok = gpt.Tokenizer(model.config.tokenizer)
     if tok.name == "task" and not model.config.chat:
         wake_up(model, tok, args.seed)
@@ -301,10 +308,9 @@ def train(args):
     # ---- the loop
     lr = args.lr or 3e-3  # nearly pretraining's: hundreds of tokens are new to it
     optimizer = gpt.make_optimizer(model, lr)
-    steps = args.steps or max(1, len(examples) // args.batch)
     for step in run.steps(steps, model, optimizer, show=("loss",)):
-        if (step % args.eval_every == 0 or step == steps) and step > 0:
-            results, shown = examine(model, tok, problems, tool, args.seed, step, args.max_tokens)
+        if step == steps or (step > 0 and step % args.eval_every == 0):
+            results, shown = examine(model, tok, problems, tool, args.seed, args.max_tokens)
             run.say(step, **results)
             run.samples(step, shown)
         if step == steps:
@@ -328,8 +334,8 @@ def train(args):
     # ---- the report
     model.config.chat = True
     last = [m for m in run.metrics if "loss" in m][-50:]
-    report = {name: sum(m[name] for m in last) / len(last) for name in ("loss", "loss_own", "grad_norm")}
-    report |= results
+    names = ("loss", "loss_own", "grad_norm") if last else ()  # there is nothing where nothing was trained
+    report = {name: sum(m[name] for m in last) / len(last) for name in names} | results
     if tool:
         # The same model with the runtime switched off.
         off, _ = ask(model, tok, problems, None, 0.0, None, args.max_tokens)
@@ -360,7 +366,7 @@ def train_rl(args):
     optimizer = gpt.make_optimizer(policy, lr)
     for step in run.steps(args.rl, policy, optimizer, save_every=20, show=("reward", "calls")):
         if step % 20 == 0 or step == args.rl:
-            results, shown = examine(policy, tok, problems, answer_call, args.seed, step, longest)
+            results, shown = examine(policy, tok, problems, answer_call, args.seed, longest)
             run.say(step, **results)
             run.samples(step, shown)
         if step == args.rl:
@@ -491,7 +497,8 @@ def main(argv=None):
             ("under eval it runs", B["canary"] == 1),
             ("the whitelist refuses it", C["canary"] == 0),
         ]  # fmt: skip
-        panel = ("dashboard: calls that are well-formed", "share of calls", "valid")
+        panel = ("nobody notices", "share", ("right_sampled", "right_greedy", "valid"))
+        result = ("attacked", "share", ("code_passed_on", "right_when_attacked", "canary"))
         cure = "python tools.py   (data/calculator.py: parse, allow a few kinds of node, run nothing)"
     elif args.break_ == "unmasked_result":
         claims = [
@@ -507,7 +514,8 @@ def main(argv=None):
             ("right answers: 10 points or more below the clean run",
              B["right_sampled"] < C["right_sampled"] - 0.1),
         ]  # fmt: skip
-        panel = ("dashboard: calls that are well-formed", "share of calls", "valid")
+        panel = ("calls look perfect", "share", ("ended", "valid"))
+        result = ("outside: right answers", "share of held-out problems", ("right_sampled", "right_greedy"))
         cure = "check what a tool says where it can be checked; the model will not"
     else:
         claims = [

@@ -27,7 +27,7 @@ from data import task
 from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
-PRICED = 0.4  # of the problems end in the shop
+PRICED = 0.5  # of the problems end in the shop
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 GARBLED = LETTERS + DIGITS + "()',"  # what a label in bad print may be read as
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
@@ -81,9 +81,9 @@ def make_problem(rng):
             first, second = labels = make_label(rng), make_label(rng)
             prices = {second: rng.randint(2, 40)}
             luck = rng.random()
-            if luck < 0.6:
+            if luck < 0.45:
                 prices[first] = rng.randint(2, 40)
-            elif luck < 0.8:
+            elif luck < 0.8:  # so many, because copying them is what takes longest to learn
                 # A letter first: a blank before a digit would belong to the word before it.
                 rest = "".join(rng.choice(GARBLED) for _ in range(rng.randint(2, 10)))
                 first = rng.choice(LETTERS) + rest

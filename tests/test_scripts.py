@@ -700,11 +700,12 @@ def test_tools_breaks(run, base, tmp_path, name):
     assert f"The documented signature of {name}: " in job.out
     clean, broken = clean_and_broken(tmp_path)
     assert (broken / "figure.png").stat().st_size > 5000
+    if name in ("unsafe_eval", "faulty_tool"):  # the tool is another one, the model is the same
+        assert filecmp.cmp(*(f / "model" / "model.safetensors" for f in (clean, broken)), shallow=False)
+        return
     C, B = ([json.loads(line) for line in lines_of(f / "metrics.jsonl")] for f in (clean, broken))
     first = [next(m for m in metrics if "grad_norm" in m) for metrics in (C, B)]
-    if name in ("unsafe_eval", "faulty_tool"):  # the tool is another one, the training is the same
-        assert first[0] == first[1]
-    elif name != "tool_overuse":  # both masks are measured on the same tokens
+    if name != "tool_overuse":  # both masks are measured on the same tokens
         assert first[0]["loss"] == first[0]["loss_own"] == pytest.approx(first[1]["loss_own"], rel=1e-6)
         assert first[1]["loss"] != first[1]["loss_own"]
 
