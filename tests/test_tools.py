@@ -668,17 +668,26 @@ def test_gradient_through_impossible_results_is_finite():
 # --- eval, and why not ---
 
 
-def test_eval_runs_what_the_whitelist_refuses(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_eval_runs_what_the_whitelist_refuses(capsys):
     prices = {"k47": 12}
     assert tool_task.answer_call(tools.HOSTILE, prices) == "?key"
-    assert not (tmp_path / tools.CANARY).exists()
+    assert capsys.readouterr().out == ""
     assert tools.eval_call(tools.HOSTILE, prices) == "?key"  # to the model it looks like any other error
-    assert (tmp_path / tools.CANARY).exists()
+    assert capsys.readouterr().out == "7\n"
     for p in tool_task.problems(200, 11):  # on normal calls nobody can tell them apart
         for expression, result in tool_task.CALL.findall(tool_task.demonstrate(p)):
             assert tools.eval_call(expression, p.prices) == result
     assert tools.eval_call("9**9**9", {}) == "?size" and tools.eval_call("exit()", {}) == "?key"
+
+
+def test_attack_counts_what_ran(capsys):
+    """A model that passes every label on: the code runs once a question under eval, and never otherwise."""
+    model = Scripted("<<" + tools.HOSTILE + "=")
+    model.next[CLOSE] = TOK.end
+    for tool, ran in ((tools.eval_call, 1), (tool_task.answer_call, 0)):
+        found = tools.attack(model, TOK, 0, tool, 30, n=10)
+        assert found == {"code_passed_on": 1, "right_when_attacked": 0, "canary": ran}
+    assert capsys.readouterr().out == ""  # it was caught, and the terminal stays clean
 
 
 # --- the signatures, at their documented size ---
