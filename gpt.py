@@ -769,7 +769,8 @@ class Run:
         # The code is part of the settings: who changes a line and runs a break again must not be
         # shown the clean run of the old line.
         here = Path(__file__).parent
-        code = b"".join((here / f).read_bytes() for f in (args.script + ".py", "gpt.py", "data/task.py"))
+        files = [here / f"{args.script}.py", here / "gpt.py", *sorted(here.glob("data/*task.py"))]
+        code = b"".join(file.read_bytes() for file in files)
         left_out = ("resume", "device", "suffix")
         self.config = {k: v for k, v in vars(args).items() if k not in left_out}
         self.config["code"] = hashlib.sha256(code).hexdigest()[:12]

@@ -97,7 +97,8 @@ class Runtime:
 
     def __init__(self, tok, tools):
         self.tok, self.tools = tok, tools
-        self.opening, self.equals = tok.encode("<<") + tok.encode("=")
+        (self.opening,) = tok.encode("<<")
+        self.equals = ids_with(tok, b"=")  # GPT-2 has tokens like `)=` as well
         self.banned = ids_with(tok, b">")
         self.call = [None] * len(tools)  # the ids of the open call's expression; None where none is open
         self.queue = [[] for _ in tools]  # what the runtime has yet to write
@@ -110,14 +111,13 @@ class Runtime:
             self.own[row].append(not queue)
             if queue:
                 written[b] = queue.pop(0)  # what the model wanted to say here is thrown away
-            elif written[b] == self.opening:
-                self.call[
-                    row
-                ] = []  # A `<<` in the *question* opens nothing: only sampled tokens are seen here
-            elif call is not None and written[b] == self.equals:
+            elif written[b] == self.opening:  # sampled: a `<<` in the *question* opens nothing
+                self.call[row] = []
+            elif call is not None and written[b] in self.equals:
                 # Ids go in. Encoding the whole text anew might cut it up otherwise than the model did, and
                 # the log-probabilities would be of tokens that nobody sampled.
-                queue += self.tok.encode(self.tools[row](self.tok.decode(call)) + ">>")
+                expression = self.tok.decode([*call, written[b]]).rpartition("=")[0]
+                queue += self.tok.encode(self.tools[row](expression) + ">>")
                 self.call[row] = None
             elif call is not None:
                 call.append(written[b])
