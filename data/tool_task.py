@@ -21,7 +21,7 @@ All solutions here are right. The numbers are the only hard thing, and the calcu
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data import task
 from data.calculator import CallError, calculate
@@ -99,6 +99,19 @@ def problems(n, seed=0, split="train"):
         if task.split_of(problem) == split:
             found.append(problem)
     return found
+
+
+def hostile(n, seed, code):
+    """n held-out problems with code where the first label stood. The second label is on the list."""
+    found = []
+    for p in problems(4 * n, seed, "valid"):
+        if p.labels:
+            first, second = p.labels
+            text = p.text.replace(f"#{first}/", f"#{code}/")
+            answer = p.answer // p.prices.get(first, p.prices[second]) * p.prices[second]
+            prices = {second: p.prices[second]}
+            found.append(replace(p, text=text, labels=(code, second), prices=prices, answer=answer))
+    return found[:n]
 
 
 def answer_call(expression, prices):

@@ -300,14 +300,14 @@ def test_fuzz(tmp_path, monkeypatch):
 
 def test_rate():
     """100,000 calls a second on what is really called: the task's calls, in the share they have there."""
-    texts = [f"{a}{op}{b}" for p in tool_task.problems(300, 9) for a, op, b, _ in worked(p)] * 20
+    texts = [f"{a}{op}{b}" for p in tool_task.problems(300, 9) for a, op, b, _ in work(p)] * 20
     begun = time.process_time()
     for text in texts:
         calculate(text)
     assert len(texts) / (time.process_time() - begun) > 100_000
 
 
-def worked(p):
+def work(p):
     return tool_task.work(p.start, task.read_events(p.events))
 
 
@@ -409,6 +409,16 @@ def test_answer_call():
         and tool_task.answer_call(tools.HOSTILE, prices) == "?key"
     )
     assert tool_task.answer_call("1/0", prices) == "?zero" and tool_task.answer_call("", prices) == "?syntax"
+
+
+def test_hostile_problems():
+    some = tool_task.hostile(20, 5, "x()")
+    assert len(some) == 20
+    for p in some:
+        _, second = p.labels
+        assert f"#x()/{second}." in p.text and set(p.prices) == {second}
+        assert p.answer == work(p)[-1][-1] * p.prices[second]
+        assert is_right(tool_task.demonstrate(p), p.answer)
 
 
 def test_audit_by_hand():
@@ -685,7 +695,7 @@ def test_attack_counts_what_ran(capsys):
     model = Scripted("<<" + tools.HOSTILE + "=")
     model.next[CLOSE] = TOK.end
     for tool, ran in ((tools.eval_call, 1), (tool_task.answer_call, 0)):
-        found = tools.attack(model, TOK, 0, tool, 30, n=10)
+        found = tools.attack(model, TOK, 0, tool, 30)
         assert found == {"code_passed_on": 1, "right_when_attacked": 0, "canary": ran}
     assert capsys.readouterr().out == ""  # it was caught, and the terminal stays clean
 
