@@ -463,9 +463,10 @@ def main(argv=None):
             "attacked: right answers": "right_when_attacked",
             "attacked: the code has run": "canary",
         }
+    # fmt: off
     valid = ("calls look perfect: 95 % of them or more are well-formed", B["valid"] > 0.95)
-    result = ("outside: right answers, sampled", "share of held-out problems", "right_sampled")
-    panel = ("dashboard: loss on the model's own words", "nats a token", "loss_own")
+    panels = [("dashboard: loss on the model's own words", "nats a token", "loss_own"),
+              ("outside: right answers, sampled", "share of held-out problems", "right_sampled")]
     if args.break_ == "hallucinated_result":
         claims = [
             ("the loss on the model's own words is as low (within 20 %)",
@@ -475,7 +476,7 @@ def main(argv=None):
              B["wrong_results"] > 0.5 and C["wrong_results"] == 0),
             ("right answers: 40 points or more below the clean run",
              B["right_sampled"] < C["right_sampled"] - 0.4),
-        ]  # fmt: skip
+        ]
         cure = "python tools.py   (only the runtime writes results)"
     elif args.break_ == "unsafe_eval":
         claims = [
@@ -485,16 +486,16 @@ def main(argv=None):
              B["code_passed_on"] > 0 and C["code_passed_on"] > 0),
             ("under eval it runs", B["canary"] > 0),
             ("the whitelist refuses it", C["canary"] == 0),
-        ]  # fmt: skip
-        panel = ("nobody notices", "share", ("right_sampled", "right_greedy", "valid"))
-        result = ("attacked", "share", ("code_passed_on", "right_when_attacked", "canary"))
+        ]
+        panels = [("nobody notices", "share", ("right_sampled", "right_greedy", "valid")),
+                  ("attacked", "share", ("code_passed_on", "right_when_attacked", "canary"))]
         cure = "python tools.py   (data/calculator.py: parse, allow a few kinds of node, run nothing)"
     elif args.break_ == "unmasked_result":
         claims = [
             ("the training loss is higher: results cannot be foreseen", B["loss"] > C["loss"]),
             ("right answers: 5 points or more below the clean run",
              B["right_sampled"] < C["right_sampled"] - 0.05),
-        ]  # fmt: skip
+        ]
         cure = "python tools.py   (mask 0 on what the model has not written)"
     elif args.break_ == "faulty_tool":
         claims = [
@@ -502,24 +503,25 @@ def main(argv=None):
             ("nine of ten wrong results or more are copied", B["copied"] > 0.9),
             ("right answers: 10 points or more below the clean run",
              B["right_sampled"] < C["right_sampled"] - 0.1),
-        ]  # fmt: skip
-        panel = ("calls look perfect", "share", ("ended", "valid"))
-        result = ("outside: right answers", "share of held-out problems", ("right_sampled", "right_greedy"))
+        ]
+        panels = [("calls look perfect", "share", ("ended", "valid")),
+                  ("outside: right answers", "share of held-out problems", ("right_sampled", "right_greedy"))]
         cure = "check what a tool says where it can be checked; the model will not"
     else:
         claims = [
             ("calls an answer: half as many again, or more", B["calls"] > 1.5 * C["calls"]),
             ("right answers a call: a third fewer, or worse",
              B["right_per_call"] < 0.67 * C["right_per_call"]),
-        ]  # fmt: skip
-        panel = ("dashboard: reward", "a sampled answer", "reward")
-        result = ("outside: calls", "an answer", "calls")
+        ]
+        panels = [("dashboard: reward", "a sampled answer", "reward"),
+                  ("outside: calls", "an answer", "calls")]
         cure = f"python tools.py --rl {args.rl}   (reward the answer, not the call)"
+    # fmt: on
     print(f"\n{args.break_}: {BREAKS[args.break_].split(':')[0]}.")
     dashboard, outside = (
         {label: key for label, key in rows.items() if key in B} for rows in (dashboard, outside)
     )
-    gpt.break_report(clean, broken, dashboard, outside, claims, cure, [panel, result])
+    gpt.break_report(clean, broken, dashboard, outside, claims, cure, panels)
 
 
 def with_and_without(clean, args):
