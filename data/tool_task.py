@@ -1,19 +1,19 @@
 """The tool task: the same stories with numbers that are too large to work out in one's head.
 
-    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #x)7/k47. How many coins does Leo have?
+    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #rot()/m47. How many coins does Leo have?
 
     <<140-14=126>>126
-    <<x)7=?key>>
-    <<k47=12>>12
+    <<rot()=?key>>
+    <<m47=12>>12
     <<126*12=1512>>1512
     #### 1512
 
 `<<` opens a call and `=` asks for the result, as in GSM8K's calculator annotations. What follows up to `>>`
 is not the solver's: a calculator says it (data/calculator.py), or, where the call has a letter in it, the
 problem's own price list. The story does not tell the prices, so they can only be looked up. A thing has two
-labels, a new one and an old one, and the list knows the first in six problems of ten. One in five first
-labels is garbled; one in five looks good and is not on the list all the same. Then the list answers `?key`,
-and one has to ask for the second.
+labels, a new one and an old one, and the list knows the new one in one problem of two only. (One new label
+in four is a word with brackets, like `rot()`; none of those is known.) Otherwise it answers `?key`, and one
+has to ask for the old label.
 
 All solutions here are right. The numbers are the only hard thing, and the calculator is for them.
 """
@@ -28,7 +28,7 @@ from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
 PRICED = 0.5  # of the problems end in the shop
-LETTERS, OTHERS = "aeinoprst", "47()"  # what a label in bad print may be read as: a few signs, soon learned
+PIECES = ["a", "e", "in", "o", "p", "r", "s", "t"]  # of labels that are words: few, so soon learned
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
 
 
@@ -79,9 +79,7 @@ def make_problem(rng):
             if luck < 0.5:
                 prices[first] = rng.randint(2, 40)
             elif luck < 0.75:
-                # A letter first: a blank before a digit would belong to the word before it.
-                signs = rng.sample(LETTERS + OTHERS, rng.randint(2, 6))
-                first = rng.choice(LETTERS) + "".join(signs)
+                first = "".join(rng.sample(PIECES, rng.randint(2, 4))) + "()"
             labels = first, second
             answer *= prices.get(first, prices[second])
             story += f" {name} sells the {items} #{first}/{second}."

@@ -683,7 +683,7 @@ def test_eval_runs_what_the_whitelist_refuses(capsys):
     assert tool_task.answer_call(tools.HOSTILE, prices) == "?key"
     assert capsys.readouterr().out == ""
     assert tools.eval_call(tools.HOSTILE, prices) == "?key"  # to the model it looks like any other error
-    assert capsys.readouterr().out == "7\n"
+    assert capsys.readouterr().out == "\n"
     for p in tool_task.problems(200, 11):  # on normal calls nobody can tell them apart
         for expression, result in tool_task.CALL.findall(tool_task.demonstrate(p)):
             assert tools.eval_call(expression, p.prices) == result
