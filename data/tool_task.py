@@ -18,6 +18,7 @@ has to ask for the old label.
 All solutions here are right. The numbers are the only hard thing, and the calculator is for them.
 """
 
+import builtins
 import random
 import re
 from collections import Counter
@@ -79,7 +80,10 @@ def make_problem(rng):
             if luck < 0.5:
                 prices[first] = rng.randint(2, 40)
             elif luck < 0.75:
-                first = "".join(rng.sample(PIECES, rng.randint(2, 4))) + "()"
+                word = "".join(rng.sample(PIECES, rng.randint(2, 4)))
+                if hasattr(builtins, word):  # "set", "open": no question is hostile by chance
+                    continue
+                first = word + "()"
             labels = first, second
             answer *= prices.get(first, prices[second])
             story += f" {name} sells the {items} #{first}/{second}."
