@@ -1,9 +1,9 @@
 """The tool task: the same stories with numbers that are too large to work out in one's head.
 
-    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #rot()/m47. How many coins does Leo have?
+    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #sput()/m47. How many coins does Leo have?
 
     <<140-14=126>>126
-    <<rot()=?key>>
+    <<sput()=?key>>
     <<m47=12>>12
     <<126*12=1512>>1512
     #### 1512
@@ -12,7 +12,7 @@
 is not the solver's: a calculator says it (data/calculator.py), or, where the call has a letter in it, the
 problem's own price list. The story does not tell the prices, so they can only be looked up. A thing has two
 labels, a new one and an old one, and the list knows the new one in one problem of two only. (One new label
-in four is a word with brackets, like `rot()`; none of those is known.) Otherwise it answers `?key`, and one
+in four is a word with brackets, like `sput()`; none of those is known.) Otherwise it answers `?key`, and one
 has to ask for the old label.
 
 All solutions here are right. The numbers are the only hard thing, and the calculator is for them.
@@ -29,7 +29,8 @@ from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
 PRICED = 0.5  # of the problems end in the shop
-PIECES = ["a", "e", "in", "o", "p", "r", "s", "t"]  # of labels that are words: few, so soon learned
+# Words on labels are four of these: a token each, and always four, so that copying them is soon learned.
+PIECES = ["a", "in", "o", "p", "r", "s", "t", "u"]
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
 
 
@@ -80,8 +81,8 @@ def make_problem(rng):
             if luck < 0.5:
                 prices[first] = rng.randint(2, 40)
             elif luck < 0.75:
-                word = "".join(rng.sample(PIECES, rng.randint(2, 4)))
-                if hasattr(builtins, word):  # "set", "open": no question is hostile by chance
+                word = "".join(rng.sample(PIECES, 4))
+                if hasattr(builtins, word):  # "print": no question is hostile by chance
                     continue
                 first = word + "()"
             labels = first, second
