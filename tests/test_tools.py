@@ -389,6 +389,16 @@ def test_prices_cannot_be_read_off_the_question():
         assert second in p.prices and p.answer % p.prices.get(first, p.prices[second]) == 0
 
 
+def test_words_on_labels():
+    """Always four tokens before the brackets, so that a hostile one is no longer than what is learned; and
+    no word that Python knows."""
+    words = [p.labels[0] for p in tool_task.problems(3000, 4) if p.labels and "(" in p.labels[0]]
+    assert len(words) > 200 and len(set(words)) > 150 and tools.HOSTILE not in words
+    for word in [*words, tools.HOSTILE]:
+        assert word.endswith("()") and len(TOK.encode(f"#{word}/m3")) == 10
+        assert tool_task.answer_call(word, {"m3": 5}) == tools.eval_call(word, {"m3": 5}) == "?key"
+
+
 def test_splits_are_disjoint():
     def numbers(split):
         return {(p.start, p.events) for p in tool_task.problems(1500, 5, split)}
