@@ -319,13 +319,16 @@ def draw_tokens(probs, generator=None):
 
 
 @torch.no_grad()
-def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+           banned=(), writer=None):  # fmt: skip
     """Continue every prompt until a stop token or max_new_tokens.
 
     prompts: list of lists of ids, of any lengths. stop: the ids that end a completion; the stop token
     is part of it (a completion without one was cut off). temperature 0 is greedy.
     Returns two lists, one entry a prompt: the sampled ids, and their log-probabilities (a float32
-    tensor each) *under the distribution sampled from*: after temperature, top_k and top_p.
+    tensor each) *under the distribution sampled from*: after temperature, top_k and top_p, without the
+    ids in `banned`. writer(rows, new) -> ids may put other tokens in the place of the new ones: rows (b,) are
+    indices into prompts, new (b,) what was sampled for them. It is how a tool speaks (see tools.py).
     Raises ValueError where prompt and completion cannot fit the context.
     """
     B, N, device = len(prompts), max_new_tokens, model.wte.weight.device
@@ -362,12 +365,16 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
         hidden, valid = hidden[copies], valid[copies]
         for t in range(N):
             logits = model.head(hidden).float()  # (b, V)
+            if banned:
+                logits[:, banned] = -math.inf
             if temperature == 0:
                 logp = logits.log_softmax(-1)
                 new = logits.argmax(-1)  # (b,)
             else:
                 logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
                 new = draw_tokens(logp.exp(), generator)
+            if writer is not None:  # rows that have ended are still in the batch: not asked about
+                new[alive] = writer(rows[alive], new[alive])
             tokens[rows[alive], t] = new[alive]
             logps[rows[alive], t] = logp.gather(1, new[:, None])[alive, 0]
             alive &= ~torch.isin(new, stop)
@@ -440,12 +447,12 @@ def examine(model, tok, problems, seed, step, max_new_tokens=48):
 # 4. Log-probabilities of completions
 
 
-def completion_logps(model, prompts, completions, temperature=1.0, value_head=None):
+def completion_logps(model, prompts, completions, temperature=1.0, value_head=None, banned=()):
     """log p(completion token | prompt, tokens before) for every token of every completion.
 
     prompts, completions: lists of lists of ids. Returns (logps, mask), both (B, N) with N the longest
     completion: float32 log-probabilities, 0 where mask is False. Sum over dim 1 for the
-    log-probability of the whole completion. `temperature` must be that of the sampling
+    log-probability of the whole completion. `temperature` and `banned` must be those of the sampling
     whenever the two are compared, or the ratio is not 1 where policy and sampler are the same.
     With a value_head (C -> 1) the result is (logps, mask, values): values (B, N) are read from the same
     hidden states as the log-probabilities, those of the text *before* each token.
@@ -458,6 +465,8 @@ def completion_logps(model, prompts, completions, temperature=1.0, value_head=No
     targets = ids.flatten()[states[:, 1:][mask]]  # (M,)
     # In float32: bfloat16 has eight bits of precision, and a log-probability errs by .05 in it.
     logits = model.head(hidden).float() / temperature  # (M, V): only where it is needed
+    if banned:
+        logits[:, banned] = -math.inf
     token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
     # Assignment, not multiplication by the mask: -inf * 0 is NaN.
     zeros = torch.zeros(mask.shape, device=mask.device)
@@ -768,7 +777,8 @@ class Run:
         # The code is part of the settings: who changes a line and runs a break again must not be
         # shown the clean run of the old line.
         here = Path(__file__).parent
-        code = b"".join((here / f).read_bytes() for f in (args.script + ".py", "gpt.py", "data/task.py"))
+        files = [here / f"{args.script}.py", here / "gpt.py", *sorted(here.glob("data/*task.py"))]
+        code = b"".join(file.read_bytes() for file in files)
         left_out = ("resume", "device", "suffix")
         self.config = {k: v for k, v in vars(args).items() if k not in left_out}
         self.config["code"] = hashlib.sha256(code).hexdigest()[:12]

@@ -26,6 +26,7 @@ import gpt
 import grpo
 import ppo
 import sft
+import tools
 from data import task
 
 REPO = Path(__file__).resolve().parent.parent
@@ -197,6 +198,8 @@ TINY = {
     "reward_model": "--pairs 16 --steps 4 --batch 4 --problems 5 --eval_every 2".split(),
     "ppo": "--max_steps 3 --prompts 2 --answers 2 --minibatch 2 --max_tokens 8 --problems 5".split(),
     "grpo": "--max_steps 3 --prompts 2 --group 3 --max_tokens 8 --problems 5".split(),
+    # --plain: one run, not two. Those with tools are tested below.
+    "tools": "--demos 32 --batch 8 --problems 5 --eval_every 2 --max_tokens 30 --plain".split(),
 }
 SCRIPTS = list(TINY)
 # gpt.Run is the same for all: one of each kind of loop every time, the others in the slow suite.
@@ -252,7 +255,7 @@ def loads(request):
         def model(name):
             return request.getfixturevalue(name).model
 
-        if script in ("gpt", "sft"):
+        if script in ("gpt", "sft", "tools"):
             return [] if script == "gpt" else ["--load", model("base")]
         if script in CHASES:
             return ["--load", model("brief"), "--rm", model("judge")]
@@ -684,6 +687,90 @@ def test_breaks_with_a_true_reward(run, chatty, tmp_path, name):
     assert f"The documented signature of {name}: " in job.out
 
 
+# --- tools.py: several runs in one command ---
+
+TOOLS = [flag for flag in TINY["tools"] if flag != "--plain"]
+RL = [*TOOLS, "--rl", "3", "--prompts", "2", "--group", "2"]
+
+
+def test_tools_end_to_end(run, base, tmp_path):
+    """The run with the tool, then the control; a second time the control is taken from the disk."""
+    job = run(tmp_path, "tools", "--load", base.model, *TOOLS)
+    clean, plain = sorted((tmp_path / "runs").iterdir(), key=lambda folder: "plain" in folder.name)
+    for folder in (clean, plain):
+        report, metrics = check_folder(folder, 4)
+        evaluations = [m for m in metrics if "right_sampled" in m]
+        assert [m["step"] for m in evaluations] == [2, 4]
+        assert evaluations[-1]["right_sampled"] == report["right_sampled"]
+    report = report_of(clean)
+    assert report["canary"] == 0 and report["wrong_results"] == 0 and "canary" not in report_of(plain)
+    assert gpt.load_model(str(clean / "model")).config.chat
+    assert "with the tool" in job.out and "runtime switched off" in job.out
+    before = (plain / "report.json").stat().st_mtime_ns
+    job = run(tmp_path, "tools", "--load", base.model, *TOOLS)
+    assert "already there" in job.out and (plain / "report.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", list(tools.BREAKS))
+def test_tools_breaks(run, base, tmp_path, name):
+    flags = RL if name == "tool_overuse" else TOOLS
+    job = run(tmp_path, "tools", "--break", name, "--load", base.model, *flags)
+    assert f"The documented signature of {name}: " in job.out
+    clean, broken = clean_and_broken(tmp_path)
+    assert (broken / "figure.png").stat().st_size > 5000
+    if name in ("unsafe_eval", "faulty_tool"):  # the tool is another one, the model is the same
+        assert filecmp.cmp(*(f / "model" / "model.safetensors" for f in (clean, broken)), shallow=False)
+        return
+    C, B = ([json.loads(line) for line in lines_of(f / "metrics.jsonl")] for f in (clean, broken))
+    first = [next(m for m in metrics if "grad_norm" in m) for metrics in (C, B)]
+    if name != "tool_overuse":  # both masks are measured on the same tokens
+        assert first[0]["loss"] == first[0]["loss_own"] == pytest.approx(first[1]["loss_own"], rel=1e-6)
+        assert first[1]["loss"] != first[1]["loss_own"]
+
+
+def test_tools_break_that_has_no_rl(start, base, tmp_path):
+    flags = ["--break", "unsafe_eval", "--load", base.model, *RL]
+    refused(start(tmp_path, "tools", *flags).wait(), "unsafe_eval", "--rl")
+    flags = ["--load", base.model, *RL, "--group", "1"]
+    refused(start(tmp_path, "tools", *flags).wait(), "--group")
+
+
+@pytest.mark.parametrize("rl", [False, True])
+def test_tools_interrupted_and_resumed(start, run, base, tmp_path, rl):
+    """Ctrl-C in the second of two runs, and in RL: what was printed goes on, and ends in the same bytes."""
+    flags = ["--load", base.model, *(RL if rl else TOOLS)]
+    flags += ["--rl", "30"] if rl else ["--demos", "640", "--eval_every", "60"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    run(tmp_path / "whole", "tools", *flags)
+    job = start(tmp_path / "parts", "tools", *flags)
+    where = "*rl=30*" if rl else "*plain*"
+
+    def lines():
+        files = list((tmp_path / "parts" / "runs").glob(where + "/metrics.jsonl"))
+        return files[0].read_bytes().count(b"\n") if files else -1
+
+    assert job.until(lambda: lines() >= 25)
+    job.send(signal.SIGINT)
+    assert job.wait().code == 130, job.out + job.err
+    assert "Traceback" not in job.err and "Saved at step" in job.out
+    run(tmp_path / "parts", "tools", *flags, "--resume")
+    for folder in (tmp_path / "whole" / "runs").iterdir():
+        same_bytes(folder, tmp_path / "parts" / "runs" / folder.name)
+
+
+def test_tools_data(run, tmp_path):
+    rows = [
+        {"question": "How many?", "answer": f"He has <<{call}>>.\n#### 5"}
+        for call in ("2+3=5", "2*3=5", "x=5")
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(tmp_path, "tools", "--data", "mine.jsonl").out
+    for words in ("3 solutions", "identical", "another number", "refused: ?syntax", "in 1 of 3 solutions"):
+        assert words in out
+    assert not (tmp_path / "runs").exists()
+
+
 # --- what is missing is made ---
 
 
@@ -691,7 +778,7 @@ def test_breaks_with_a_true_reward(run, chatty, tmp_path, name):
 CHAIN = """
 import sys
 sys.path.insert(0, {repo!r})
-import gpt, grpo, reward_model, sft
+import gpt, grpo, reward_model, sft, tools
 
 def shrink(module, **defaults):
     ours = module.parser
@@ -706,6 +793,7 @@ if {script!r} != "sft":
     shrink(sft, demos=32, batch=8, problems=5, eval_every=2)
     shrink(reward_model, pairs=16, steps=4, batch=4, problems=5)
     shrink(grpo, prompts=2, group=2, max_tokens=4, problems=5)
+    shrink(tools, demos=32, batch=8, problems=5, eval_every=2, max_tokens=30, prompts=2, group=2)
 {script}.main()
 """
 
@@ -754,6 +842,16 @@ def test_missing_base_is_made(run, tmp_path):
     assert (tmp_path / "runs" / "base-seed=3" / "report.json").is_file()
 
 
+def test_missing_tool_model_is_made(run, tmp_path):
+    """tools.py --rl from nothing at all: the base model, the tool model, and no control."""
+    (tmp_path / "chain.py").write_text(CHAIN.format(repo=str(REPO), script="tools"))
+    job = run(tmp_path, "chain", "--rl", "2", repo=tmp_path)
+    assert "runs/base is missing" in job.out and "without its control" in job.out
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"base", "tools", "tools-rl=2"}
+    job = run(tmp_path, "chain", "--break", "tool_overuse", "--rl", "2", repo=tmp_path)
+    assert "is missing" not in job.out and "The documented signature of tool_overuse: " in job.out
+
+
 def test_half_made_base_is_not_taken(tmp_path, monkeypatch, capsys):
     """A base run that was interrupted has no report: it is made, and with --resume continued."""
     monkeypatch.chdir(tmp_path)
@@ -777,8 +875,9 @@ LONG = {  # several checkpoints and evaluations
     "reward_model": [*TINY["reward_model"], "--steps", "130", "--eval_every", "40"],
     "ppo": [*TINY["ppo"], "--max_steps", "60"],
     "grpo": [*TINY["grpo"], "--max_steps", "60"],
+    "tools": [*TINY["tools"], "--demos", "1040", "--eval_every", "40"],
 }
-CHECKPOINT = {"gpt": 50, "sft": 50, "dpo": 25, "reward_model": 50, "ppo": 25, "grpo": 25}
+CHECKPOINT = {"gpt": 50, "sft": 50, "dpo": 25, "reward_model": 50, "ppo": 25, "grpo": 25, "tools": 50}
 
 
 @pytest.fixture(scope="session")
@@ -1162,6 +1261,22 @@ WRONG = [
     ("ppo", "--load {chat} --rm {rm} --lam 2", "--lam"),
     ("ppo", "--load {chat} --rm {rm} --target_kl -1", "--target_kl"),
     ("ppo", "--load {chat} --rm {tmp}/two_labels_rm", "two_labels_rm"),
+    # --- tools.py
+    ("tools", "--load {tmp}/nothing", "nothing"),
+    ("tools", "--load {tmp}/truncated", "truncated"),
+    ("tools", "--load gpt2", "gpt2"),
+    ("tools", "--steps 0", "--steps"),
+    ("tools", "--demos 0", "--demos"),
+    ("tools", "--problems -1", "--problems"),
+    ("tools", "--lr 0", "--lr"),
+    ("tools", "--rl 0", "--rl"),
+    ("tools", "--load {base} --max_tokens 100", "context"),
+    ("tools", "--break nonsense", "nonsense"),
+    ("tools", "--load {base} --break faulty_tool", "--plain"),  # TINY has it
+    ("tools", "--load {base} --rl 3", "--plain"),
+    ("tools", "--data {tmp}/missing.jsonl", "missing.jsonl"),
+    ("tools", "--data {tmp}/bad.jsonl", "bad.jsonl, line 2"),
+    ("tools", "--data {tmp}", "{tmp}"),
 ]
 
 
