@@ -198,6 +198,7 @@ TINY = {
     "reward_model": "--pairs 16 --steps 4 --batch 4 --problems 5 --eval_every 2".split(),
     "ppo": "--max_steps 3 --prompts 2 --answers 2 --minibatch 2 --max_tokens 8 --problems 5".split(),
     "grpo": "--max_steps 3 --prompts 2 --group 3 --max_tokens 8 --problems 5".split(),
+    "reasoning": "--n 4 --problems 5 --train_problems 8 --samples 3 --batch 2 --eval_every 2".split(),
     # --plain: one run, not two. Those with tools are tested below.
     "tools": "--demos 32 --batch 8 --problems 5 --eval_every 2 --max_tokens 30 --plain".split(),
 }
@@ -297,7 +298,9 @@ def copy_of_repo(to):
 def check_folder(folder, steps):
     """What every finished run leaves behind, and nothing else."""
     names = {path.name for path in folder.iterdir()} - {"model"}
-    assert names == {"config.json", "metrics.jsonl", "samples.md", "report.json"}
+    # reasoning.py has a figure of its own; all others draw one where there are two runs to compare.
+    drawn = {"figure.png"} if folder.name.startswith("reasoning") else set()
+    assert names == {"config.json", "metrics.jsonl", "samples.md", "report.json"} | drawn
     config = json.loads((folder / "config.json").read_text())
     report = report_of(folder)
     assert report["config"] == config and report["seconds"] >= 0
@@ -518,6 +521,8 @@ def test_talk_to_a_run_folder(run, base, tmp_path):
 def test_help(run, tmp_path, script):
     job = run(tmp_path, script, "--help")
     steps = "--max_steps" if script in CHASES else "--steps"
+    if script == "reasoning":
+        steps = "--train_problems"  # each is seen once
     for flag in (steps, "--seed", "--device", "--dtype", "--resume", "--load", "--lr"):
         assert flag in job.out
     if script != "gpt":
@@ -687,6 +692,101 @@ def test_breaks_with_a_true_reward(run, chatty, tmp_path, name):
     assert f"The documented signature of {name}: " in job.out
 
 
+# --- reasoning.py ---
+
+
+def test_reasoning_end_to_end(run, brief, tmp_path):
+    job = run(tmp_path, "reasoning", "--load", brief.model, *TINY["reasoning"])
+    folder = folder_of(tmp_path)
+    report, metrics = check_folder(folder, 4)
+    evaluations = [m for m in metrics if "held_out" in m]
+    assert [m["step"] for m in evaluations] == [0, 2, 4]
+    assert evaluations[-1]["held_out"] == report["held_out"]
+    curves = [m for m in metrics if "n" in m]
+    assert [m["n"] for m in curves] == [1, 2, 4]
+    # With one answer there is nothing to choose; the oracle is never below anybody, and rises.
+    ways = ("vote", "vote_of_top", "weighted_vote", "best_of_n")
+    assert len({round(curves[0][name], 9) for name in (*ways, "oracle")}) == 1
+    assert all(m["oracle"] >= m[name] for m in curves[-1:] for name in ways)
+    assert all(a["oracle"] <= b["oracle"] and a["score"] <= b["score"] for a, b in zip(curves, curves[1:]))
+    assert all(a["tokens"] * 2 == pytest.approx(b["tokens"]) for a, b in zip(curves, curves[1:]))
+    for name in ways:
+        assert report[name] == curves[-1][name]
+        assert f"{report[name]:.3f}" in job.out
+    assert report["chosen"] == report["vote_of_top"]
+    assert report["repaired"] + report["spoiled"] <= report["rewritten"] <= 1
+    assert (folder / "figure.png").stat().st_size > 5000
+    samples = (folder / "samples.md").read_text()
+    assert samples.count("(verifier: ") == 3 * 2 and samples.count("highest score (") == 5
+    # The verifier is a reward model like any other.
+    assert gpt.load_scorer(str(folder)).score.weight.abs().sum() > 0
+
+
+def test_the_verifier_learns_from_the_states_it_should(run, brief, tmp_path):
+    """The same verifier and the same solutions at step 0, and the loss is that of other states."""
+    first = {}
+    for level in ("token", "solution"):
+        (tmp_path / level).mkdir()
+        run(tmp_path / level, "reasoning", "--load", brief.model, *TINY["reasoning"], "--level", level)
+        first[level] = check_folder(folder_of(tmp_path / level), 4)[1][:2]
+    (before, token), (same, solution) = first["token"], first["solution"]
+    assert before == same and token["loss"] != solution["loss"]
+
+
+@pytest.mark.parametrize("name", ["overoptimize_verifier", "self_correct"])
+def test_reasoning_breaks(run, brief, tmp_path, name):
+    """The verifier and the answers are the clean run's: only what is made of the scores is another thing."""
+    job = run(tmp_path, "reasoning", "--break", name, "--load", brief.model, *TINY["reasoning"])
+    assert f"The documented signature of {name}: " in job.out
+    clean, broken = clean_and_broken(tmp_path)
+    assert filecmp.cmp(*(f / "model" / "model.safetensors" for f in (clean, broken)), shallow=False)
+    C, B = report_of(clean), report_of(broken)
+    same = ("held_out", "vote", "vote_of_top", "weighted_vote", "best_of_n", "oracle", "score", "peak_n")
+    assert all(C[key] == pytest.approx(B[key]) for key in same)
+    if name == "overoptimize_verifier":
+        assert C["chosen"] == C["vote_of_top"] and B["chosen"] == B["best_of_n"]
+        assert all(C[key] == B[key] for key in ("revised", "repaired", "spoiled", "rewritten"))
+    assert (broken / "figure.png").stat().st_size > 5000
+
+
+def test_no_cot_makes_its_own_model(run, tmp_path):
+    """From nothing at all: the base model, two fine-tuned ones, and the answers of one have no working."""
+    (tmp_path / "chain.py").write_text(CHAIN.format(repo=str(REPO), script="reasoning"))
+    job = run(tmp_path, "chain", "--break", "no_cot", repo=tmp_path)
+    assert "The documented signature of no_cot: " in job.out
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {"base", "sft", "sft-answer_only=True", "reasoning", "reasoning-no_cot"}
+    for name in ("reasoning", "reasoning-no_cot"):
+        made = "sft-answer_only=True" if "no_cot" in name else "sft"
+        losses = [m["loss"] for m in map(json.loads, (tmp_path / "runs" / made / "metrics.jsonl").open())
+                  if "loss" in m]  # fmt: skip
+        assert report_of(tmp_path / "runs" / name)["sft_loss"] == pytest.approx(losses[-1])
+
+
+def test_sft_on_answers_alone(run, base, tmp_path):
+    """The first loss of --answer_only is that of the untrained model on "#### 29" and the end token."""
+    run(tmp_path, "sft", "--load", base.model, *TINY["sft"], "--answer_only")
+    _, metrics = check_folder(folder_of(tmp_path), 4)
+    model, tok = gpt.load_model(str(base.model)), gpt.Tokenizer("task")
+    texts = task.demonstrations(32, 0)
+    chosen = [texts[i] for i in gpt.batch_indices(32, 8, 0, 0)]
+    examples = [(tok.prompt(p.text), tok.answer("####" + text.split("####")[1])) for p, text in chosen]
+    assert all(len(answer) <= 4 for _, answer in examples)
+    ids, labels = sft.collate(examples, tok.pad)
+    total, count = sft.sft_loss(model(ids), labels)
+    assert metrics[0]["loss"] == pytest.approx((total / count).item(), rel=1e-4)
+
+
+def test_published_solutions(run, tmp_path):
+    row = {"question": "?", "ground_truth": "A: 18"}
+    row |= {"small": {"solution": "A: 17", "is_correct": False}}
+    row |= {"large": {"solution": "A: 18", "is_correct": True}}
+    (tmp_path / "solutions.jsonl").write_text(json.dumps(row) + "\n")
+    out = run(tmp_path, "reasoning", "--data", "solutions.jsonl").out
+    assert "1 problems, 2 models" in out and "agrees with 2 of 2" in out
+    assert not (tmp_path / "runs").exists()
+
+
 # --- tools.py: several runs in one command ---
 
 TOOLS = [flag for flag in TINY["tools"] if flag != "--plain"]
@@ -778,7 +878,7 @@ def test_tools_data(run, tmp_path):
 CHAIN = """
 import sys
 sys.path.insert(0, {repo!r})
-import gpt, grpo, reward_model, sft, tools
+import gpt, grpo, reasoning, reward_model, sft, tools
 
 def shrink(module, **defaults):
     ours = module.parser
@@ -793,6 +893,7 @@ if {script!r} != "sft":
     shrink(sft, demos=32, batch=8, problems=5, eval_every=2)
     shrink(reward_model, pairs=16, steps=4, batch=4, problems=5)
     shrink(grpo, prompts=2, group=2, max_tokens=4, problems=5)
+    shrink(reasoning, n=4, problems=5, train_problems=8, samples=3, batch=2)
     shrink(tools, demos=32, batch=8, problems=5, eval_every=2, max_tokens=30, prompts=2, group=2)
 {script}.main()
 """
@@ -875,9 +976,19 @@ LONG = {  # several checkpoints and evaluations
     "reward_model": [*TINY["reward_model"], "--steps", "130", "--eval_every", "40"],
     "ppo": [*TINY["ppo"], "--max_steps", "60"],
     "grpo": [*TINY["grpo"], "--max_steps", "60"],
+    "reasoning": [*TINY["reasoning"], "--train_problems", "240", "--eval_every", "40"],
     "tools": [*TINY["tools"], "--demos", "1040", "--eval_every", "40"],
 }
-CHECKPOINT = {"gpt": 50, "sft": 50, "dpo": 25, "reward_model": 50, "ppo": 25, "grpo": 25, "tools": 50}
+CHECKPOINT = {
+    "gpt": 50,
+    "sft": 50,
+    "dpo": 25,
+    "reward_model": 50,
+    "ppo": 25,
+    "grpo": 25,
+    "reasoning": 50,
+    "tools": 50,
+}
 
 
 @pytest.fixture(scope="session")
@@ -1261,6 +1372,15 @@ WRONG = [
     ("ppo", "--load {chat} --rm {rm} --lam 2", "--lam"),
     ("ppo", "--load {chat} --rm {rm} --target_kl -1", "--target_kl"),
     ("ppo", "--load {chat} --rm {tmp}/two_labels_rm", "two_labels_rm"),
+    # --- reasoning.py
+    ("reasoning", "--load {tmp}/nothing", "nothing"),
+    ("reasoning", "--n 0", "--n"),
+    ("reasoning", "--load {chat} --train_problems 1", "--train_problems"),
+    ("reasoning", "--load {chat} --max_tokens 100", "context"),
+    ("reasoning", "--load {chat} --level word", "--level"),
+    ("reasoning", "--break no_cot --load {chat}", "no_cot"),
+    ("reasoning", "--data {tmp}/missing.jsonl", "missing.jsonl"),
+    ("reasoning", "--data {tmp}/bad.jsonl", "bad.jsonl, line 2"),
     # --- tools.py
     ("tools", "--load {tmp}/nothing", "nothing"),
     ("tools", "--load {tmp}/truncated", "truncated"),
