@@ -389,29 +389,31 @@ def figure(path, draw):
     plt.close(fig)
 
 
+def log_axis(ax, sizes):
+    """N doubles from tick to tick."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes[::2], [str(n) for n in sizes[::2]])
+
+
 def draw_choices(path, curves, report):
     """All ways to choose, against N and against the tokens that they cost."""
+    sizes = [m["n"] for m in curves]
 
     def draw(left, right):
-        n = [m["n"] for m in curves]
         for metric, (name, color, line) in CURVES.items():
             values = [m[metric] for m in curves]
-            left.plot(n, values, line, color=color, linewidth=2, label=name)
+            left.plot(sizes, values, line, color=color, linewidth=2, label=name)
             # Who asks the verifier has every answer read once more.
             cost = 1 if metric in ("vote", "oracle") else 2
             right.plot([cost * m["tokens"] for m in curves], values, line, color=color, linewidth=2)
         left.axhline(report["greedy"], color="0.3", linewidth=0.8, label="one greedy answer")
         left.axvline(report["onset"], color="tab:red", linewidth=0.8, linestyle=":")
-        left.text(report["onset"], 0.02, " 1/h", color="tab:red")
-        left.set(
-            title="the same answers, chosen in different ways",
-            xlabel="N answers",
-            ylabel="right",
-            xscale="log",
-        )
-        right.set(title="against what it costs", xlabel="tokens written and read a problem", xscale="log")
-        left.set_ylim(0, 1.02)
-        right.set_ylim(0, 1.02)
+        left.text(report["onset"], 1.03, "1/h", color="tab:red", ha="center")
+        left.set(xlabel="N answers", ylabel="right answers", ylim=(0, 1.1))
+        left.set_title("the same answers, chosen in different ways")
+        right.set(title="against what it costs", xlabel="tokens written and read a problem", ylim=(0, 1.1))
+        right.set_xscale("log")
+        log_axis(left, sizes)
         left.legend(fontsize=7)
 
     figure(path, draw)
@@ -420,20 +422,17 @@ def draw_choices(path, curves, report):
 def draw_verifier(path, runs):
     """overoptimize_verifier: what the chooser sees, and what becomes of it."""
     curves = [m for m in runs[-1].metrics if "n" in m]
+    sizes = [m["n"] for m in curves]
 
     def draw(left, right):
-        n = [m["n"] for m in curves]
-        left.plot(n, [m["score"] for m in curves], "--", color="tab:red", linewidth=2)
-        left.set(
-            title="dashboard: the verifier's score of the best",
-            xlabel="N answers",
-            ylabel="score",
-            xscale="log",
-        )
+        left.plot(sizes, [m["score"] for m in curves], "--", color="tab:red", linewidth=2)
+        left.set(title="dashboard: the highest score", xlabel="N answers", ylabel="the verifier's score")
         for metric in ("vote_of_top", "vote", "best_of_n"):
             name, color, line = CURVES[metric]
-            right.plot(n, [m[metric] for m in curves], line, color=color, linewidth=2, label=name)
-        right.set(title="outside: right answers", xlabel="N answers", xscale="log", ylim=(0, 1))
+            right.plot(sizes, [m[metric] for m in curves], line, color=color, linewidth=2, label=name)
+        right.set(title="outside: right answers", xlabel="N answers", ylim=(0, 1))
+        for ax in (left, right):
+            log_axis(ax, sizes)
         right.legend(fontsize=8)
 
     figure(path, draw)
@@ -449,19 +448,17 @@ def draw_no_cot(path, runs):
             losses = [m["loss"] for m in made.metrics if "loss" in m]
             width = max(1, len(losses) // 30)
             means = [sum(losses[i : i + width]) / width for i in range(0, len(losses) - width + 1, width)]
-            left.plot(
-                [i * width for i in range(len(means))], means, color=color, label=run.label, linewidth=2
-            )
+            left.plot(range(0, width * len(means), width), means, color=color, label=run.label)
             curves = [m for m in run.metrics if "n" in m]
+            sizes = [m["n"] for m in curves]
             for metric, line in (("vote_of_top", "-"), ("vote", "--"), ("oracle", ":")):
                 name = f"{run.label}: {CURVES[metric][0]}"
-                right.plot(
-                    [m["n"] for m in curves], [m[metric] for m in curves], line, color=color, label=name
-                )
+                right.plot(sizes, [m[metric] for m in curves], line, color=color, label=name)
         left.set(
             title="dashboard: the fine-tuning loss", xlabel="step", ylabel="nats a token", ylim=(0, None)
         )
-        right.set(title="outside: right answers", xlabel="N answers", xscale="log", ylim=(0, 1.02))
+        right.set(title="outside: right answers", xlabel="N answers", ylim=(0, 1.02))
+        log_axis(right, sizes)
         left.legend()
         right.legend(fontsize=7)
 
@@ -503,11 +500,11 @@ def parser():
     add("--load", help="who answers: a folder or gpt2, ... (default: what sft.py makes)")
     add("--data", help="only count: a file of published model solutions to GSM8K")
     add("--n", type=int, default=256, help="answers to each problem")
-    add("--problems", type=int, default=300, help="held-out problems: a standard error of 3 points at most,\n"
+    add("--problems", type=int, default=250, help="held-out problems: a standard error of 3 points at most,\n"
         "and less where N is small, since all answers count")
     add("--level", default="token", choices=["token", "solution"], help="where the verifier has a loss:\n"
         "at every token, or at the end of the solution only")
-    add("--train_problems", type=int, default=5000, help="problems that the verifier learns from")
+    add("--train_problems", type=int, default=4000, help="problems that the verifier learns from")
     add("--samples", type=int, default=8, help="... and the model's solutions to each")
     add("--batch", type=int, default=4, help="problems an update, with all their solutions")
     add("--lr", type=float, default=1e-3, help="step size of the verifier")
