@@ -147,3 +147,24 @@ def test_ppo_no_kl(folder):
     assert broken["kl"] > 1.5 * clean["kl"]
     assert broken["reward"] >= clean["reward"]
     assert ("NOT reproduced" in printed) is not broken["reproduced"]
+
+
+def test_overoptimize_verifier(folder):
+    """The score rises with N; right answers rise, peak, and fall below the vote that asks no verifier."""
+    clean, broken, printed = report_of(folder, "reasoning", "overoptimize_verifier")
+    assert broken["held_out"] > 0.75 and broken["score"] > broken["score_one"]
+    assert broken["peak_b"] >= broken["start_b"] + 0.05
+    assert broken["end_b"] <= broken["peak_b"] - 0.1
+    assert broken["best_of_n"] < broken["vote"] < clean["vote_of_top"] <= clean["oracle"]
+    assert clean["chosen"] >= broken["chosen"] + 0.1
+    # Slips and misconceptions: voting mends the ones and is stuck with the others.
+    assert clean["one"] < clean["vote"] < 0.75 < clean["weighted_vote"]
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]
+
+
+def test_no_cot(folder):
+    """Answers without working: the loss converges, right answers collapse and no vote brings them back."""
+    clean, broken, printed = report_of(folder, "reasoning", "no_cot")
+    for name in ("one", "greedy", "vote"):
+        assert broken[name] < 0.5 * clean[name], name
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]
