@@ -1143,6 +1143,21 @@ def test_resume_of_a_changed_script(start, run, long_run, tmp_path):
     refused(job, "the script has changed")
 
 
+def test_a_clean_run_is_made_anew_when_what_it_came_from_has_changed(run, brief, judge, tmp_path):
+    """Same flags, same code, another reward model in the same folder: the comparison must not be with a run
+    that chased the old one."""
+    shutil.copytree(judge.model, tmp_path / "rm")
+    flags = ["--break", "no_kl", "--load", brief.model, "--rm", "rm", *TINY["grpo"]]
+    run(tmp_path, "grpo", *flags)
+    assert "already there" in run(tmp_path, "grpo", *flags).out
+    scorer = gpt.load_scorer(str(tmp_path / "rm"))
+    with torch.no_grad():
+        scorer.score.weight.neg_()
+    gpt.save_model(scorer, tmp_path / "rm")
+    assert "already there" not in run(tmp_path, "grpo", *flags).out
+    assert "already there" in run(tmp_path, "grpo", *flags).out
+
+
 def test_resume_from_another_model(start, chatty, long_run, tmp_path):
     """Two paths that end alike share a folder's name: the checkpoint must know the difference."""
     shutil.copytree(chatty.model, tmp_path / "a" / "model")
