@@ -418,7 +418,8 @@ def main(argv=None):
     elif args.break_ == "no_kl":
         claims = [
             ("farther from the reference: KL at least 1.5 times", B["kl"] > 1.5 * C["kl"]),
-            ("the reward is no lower", B["reward"] >= C["reward"]),
+            # The mean of 500 scores of spread 1 errs by .045, the difference of two such means by .063.
+            ("the reward is no lower (0.1 is within the error)", B["reward"] >= C["reward"] - 0.1),
             (
                 "right answers: 10 points or more below, after as many steps",
                 B["end_gold"] < C["end_gold"] - 0.1,
