@@ -323,6 +323,7 @@ def train(args):
         report[f"{name}_miscalculated"] = sum(miscalculates(a.text) for a in wrong) / max(1, len(wrong))
     flips = Counter((d.right, f.right) for d, f in zip(drafts, final))
     report |= {
+        "draft": sum(a.right for a in drafts) / len(golds),
         "revised": sum(a.right for a in final) / len(golds),
         "repaired": flips[False, True] / len(golds),
         "spoiled": flips[True, False] / len(golds),
@@ -531,26 +532,32 @@ def main(argv=None):
     dashboard = {
         "loss of the fine-tuning": "sft_loss",
         "verifier: held-out solutions": "held_out",
-        "verifier: score of one answer": "score_one",
+        "   ... its score of one answer": "score_one",
         f"   ... of the best of {args.n}": "score",
     }
     outside = {
         "right answers, one sample": "one",
         "   ... greedy": "greedy",
         f"   ... majority vote of {args.n}": "vote",
-        f"   ... vote of the top quarter of {args.n}": "vote_of_top",
-        f"   ... weighted vote of {args.n}": "weighted_vote",
+        "   ... as chosen here": "chosen",
         f"   ... best of {args.n}": "best_of_n",
-        f"   ... best of {args.n}, at its peak": "peak_b",
+        "   ... best of N, at its peak": "peak_b",
         "N of that peak": "peak_n",
         f"a right one among the {args.n}": "oracle",
-        "as chosen": "chosen",
-        "verifier: precision": "precision",
-        "   ... h, fooled by": "fooled",
-        "first answer, revised": "revised",
-        "   ... repaired": "repaired",
-        "   ... spoiled": "spoiled",
+        "verifier: right ones it accepts": "sensitivity",
+        "   ... accepted ones that are right": "precision",
+        "   ... h, all that are wrong and accepted": "fooled",
     }
+    if args.break_ == "self_correct":
+        dashboard = {"verifier: held-out solutions": "held_out"}
+        outside = {
+            "right, the first answer": "draft",
+            "   ... revised": "revised",
+            "   ... greedy": "greedy",
+            "revisions that were preferred": "rewritten",
+            "   ... from wrong to right": "repaired",
+            "   ... from right to wrong": "spoiled",
+        }
     if args.break_ == "overoptimize_verifier":
         curves = [m for m in broken.metrics if "n" in m]
         claims = [
@@ -584,7 +591,7 @@ def main(argv=None):
         ]
         panels = [
             ("the first answer, revised", "share of held-out problems", ("repaired", "spoiled")),
-            ("outside: right answers", "share of held-out problems", ("one", "revised", "greedy")),
+            ("outside: right answers", "share of held-out problems", ("draft", "revised", "greedy")),
         ]
         cure = "python reasoning.py   (a judge that knows something the model does not)"
     print(f"\n{args.break_}: {BREAKS[args.break_].split(':')[0]}.")
