@@ -473,8 +473,9 @@ def main(argv=None):
               ("outside: right answers, sampled", "share of held-out problems", "right_sampled")]
     if args.break_ == "hallucinated_result":
         claims = [
-            ("the loss on the model's own words is as low (within 20 %)",
-             B["loss_own"] < 1.2 * C["loss_own"]),
+            # Not in per cent: both are nearly 0, and a part of the updates goes into guessing results.
+            ("the loss on the model's own words is as low (within 0.05 nats a token)",
+             B["loss_own"] < C["loss_own"] + 0.05),
             valid,
             ("more than half of the results are invented, and none in the clean run",
              B["wrong_results"] > 0.5 and C["wrong_results"] == 0),
