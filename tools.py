@@ -27,7 +27,8 @@ The breaks:
     unmasked_result      the loss is on the results as well. (Search-R1 loses a fifth by it, with RL.)
     faulty_tool          the same model again; the tool is silently wrong in one call of ten. Copied without
                          a doubt.
-    tool_overuse         reinforcement learning with a small reward for every call.
+    tool_overuse         reinforcement learning with a small reward for every call. The report says whether calls
+                         multiply: a model that is sure of its calls seldom tries one more.
 """
 
 import argparse
@@ -53,7 +54,7 @@ BREAKS = {
     "unsafe_eval": "eval as the calculator: a question's code runs, and nobody notices",
     "unmasked_result": "loss on the tool's words as well: small, reported as it comes",
     "faulty_tool": "one call of ten silently wrong: the model copies it",
-    "tool_overuse": "RL with a reward per call: calls go up, what they are for does not",
+    "tool_overuse": "RL with a reward per call: do calls go up, and what they are for does not?",
 }
 RL_STEPS = 60  # of both runs of tool_overuse, where --rl does not say otherwise
 
