@@ -27,8 +27,8 @@ The breaks:
     unmasked_result      the loss is on the results as well. (Search-R1 loses a fifth by it, with RL.)
     faulty_tool          the same model again; the tool is silently wrong in one call of ten. Copied without
                          a doubt.
-    tool_overuse         reinforcement learning with a small reward for every call. The report says whether calls
-                         multiply: a model that is sure of its calls seldom tries one more.
+    tool_overuse         reinforcement learning with a small reward for every call. The report says whether
+                         calls multiply: a model that is sure of its calls seldom tries one more.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def examine(model, tok, problems, tool, seed, longest):
         results[name] = sum(right) / max(1, len(right))
     results["ended"] = sum(a.ended for a in sampled) / n
     results |= tool_task.audit(sampled, problems)
-    results["right_per_call"] = results["right_sampled"] / max(results["calls"], 1e-9)
+    results["right_per_call"] = results["right_sampled"] / results["calls"] if results["calls"] else 0.0
     shown = [
         (p.text, f"{a.text} {'' if a.ended else '[cut off]'} ({'right' if a.right else 'wrong'})")
         for p, a in zip(problems[:8], sampled)
