@@ -52,7 +52,7 @@ from grpo import aggregate, group_advantages, k3, policy_loss
 BREAKS = {
     "hallucinated_result": "no stop at the boundary: calls look perfect, results are invented",
     "unsafe_eval": "eval as the calculator: a question's code runs, and nobody notices",
-    "unmasked_result": "loss on the tool's words as well: small, reported as it comes",
+    "unmasked_result": "loss on the tool's words as well: the model's own suffer",
     "faulty_tool": "one call of ten silently wrong: the model copies it",
     "tool_overuse": "RL with a reward per call: do calls go up, and what they are for does not?",
 }
