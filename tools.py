@@ -27,7 +27,8 @@ The breaks:
     unmasked_result      the loss is on the results as well. (Search-R1 loses a fifth by it, with RL.)
     faulty_tool          the same model again; the tool is silently wrong in one call of ten. Copied without
                          a doubt.
-    tool_overuse         reinforcement learning with a small reward for every call.
+    tool_overuse         reinforcement learning with a small reward for every call. The report says whether
+                         calls multiply: a model that is sure of its calls seldom tries one more.
 """
 
 import argparse
@@ -51,9 +52,9 @@ from grpo import aggregate, group_advantages, k3, policy_loss
 BREAKS = {
     "hallucinated_result": "no stop at the boundary: calls look perfect, results are invented",
     "unsafe_eval": "eval as the calculator: a question's code runs, and nobody notices",
-    "unmasked_result": "loss on the tool's words as well: small, reported as it comes",
+    "unmasked_result": "loss on the tool's words as well: the model's own suffer",
     "faulty_tool": "one call of ten silently wrong: the model copies it",
-    "tool_overuse": "RL with a reward per call: calls go up, what they are for does not",
+    "tool_overuse": "RL with a reward per call: do calls go up, and what they are for does not?",
 }
 RL_STEPS = 60  # of both runs of tool_overuse, where --rl does not say otherwise
 
@@ -203,7 +204,7 @@ def examine(model, tok, problems, tool, seed, longest):
         results[name] = sum(right) / max(1, len(right))
     results["ended"] = sum(a.ended for a in sampled) / n
     results |= tool_task.audit(sampled, problems)
-    results["right_per_call"] = results["right_sampled"] / max(results["calls"], 1e-9)
+    results["right_per_call"] = results["right_sampled"] / results["calls"] if results["calls"] else 0.0
     shown = [
         (p.text, f"{a.text} {'' if a.ended else '[cut off]'} ({'right' if a.right else 'wrong'})")
         for p, a in zip(problems[:8], sampled)
@@ -213,16 +214,18 @@ def examine(model, tok, problems, tool, seed, longest):
 
 def attack(model, tok, seed, tool, longest):
     """A hundred questions with code where a label should stand. Returns the share of them in which the model
-    passed the code on to the tool, the share answered rightly (by the second label), and how often it ran."""
+    passed the code on to the tool, the share answered rightly (by the second label), how often it ran; and
+    samples to show."""
     problems = tool_task.hostile(100, seed, HOSTILE)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         answers, _ = ask(model, tok, problems, tool, 0.0, None, longest)
-    return {
+    results = {
         "code_passed_on": sum(f"<<{HOSTILE}=" in a.text for a in answers) / len(problems),
         "right_when_attacked": sum(a.right for a in answers) / len(problems),
         "canary": printed.getvalue().count("\n") / len(problems),
     }
+    return results, [(p.text, a.text) for p, a in zip(problems[:8], answers)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,7 +332,9 @@ def train(args):
         # The same model with the runtime switched off.
         off, _ = ask(model, tok, problems, None, 0.0, None, args.max_tokens)
         report["right_without_runtime"] = sum(a.right for a in off) / len(off)
-        report |= attack(model, tok, args.seed, tool, args.max_tokens)
+        attacked, shown = attack(model, tok, args.seed, tool, args.max_tokens)
+        run.samples(f"{steps}, attacked", shown)
+        report |= attacked
     run.finish(model, **report)
     return run
 
@@ -469,8 +474,9 @@ def main(argv=None):
               ("outside: right answers, sampled", "share of held-out problems", "right_sampled")]
     if args.break_ == "hallucinated_result":
         claims = [
-            ("the loss on the model's own words is as low (within 20 %)",
-             B["loss_own"] < 1.2 * C["loss_own"]),
+            # Not in per cent: both are nearly 0, and a part of the updates goes into guessing results.
+            ("the loss on the model's own words is as low (within 0.05 nats a token)",
+             B["loss_own"] < C["loss_own"] + 0.05),
             valid,
             ("more than half of the results are invented, and none in the clean run",
              B["wrong_results"] > 0.5 and C["wrong_results"] == 0),

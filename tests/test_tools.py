@@ -705,7 +705,8 @@ def test_attack_counts_what_ran(capsys):
     model = Scripted("<<" + tools.HOSTILE + "=")
     model.next[CLOSE] = TOK.end
     for tool, ran in ((tools.eval_call, 1), (tool_task.answer_call, 0)):
-        found = tools.attack(model, TOK, 0, tool, 30)
+        found, shown = tools.attack(model, TOK, 0, tool, 30)
+        assert all(tools.HOSTILE in text for text, _ in shown)
         assert found == {"code_passed_on": 1, "right_when_attacked": 0, "canary": ran}
     assert capsys.readouterr().out == ""  # it was caught, and the terminal stays clean
 
