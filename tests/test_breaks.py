@@ -163,8 +163,47 @@ def test_overoptimize_verifier(folder):
 
 
 def test_no_cot(folder):
-    """Answers without working: the loss converges, right answers collapse and no vote brings them back."""
-    clean, broken, printed = report_of(folder, "reasoning", "no_cot")
+    """Answers without working: the loss converges, right answers collapse and no vote brings them back. Fewer
+    of everything that comes after the fine-tuning, which is the documented one."""
+    flags, suffix = (
+        ["--n", "16", "--problems", "100", "--train_problems", "400"],
+        "-n=16-problems=100-train_problems=400",
+    )
+    clean, broken, printed = report_of(folder, "reasoning", "no_cot", flags, suffix)
+    assert broken["sft_loss"] > 0.95 * broken["sft_loss_before"]  # as flat as it gets
     for name in ("one", "greedy", "vote"):
         assert broken[name] < 0.5 * clean[name], name
+    assert broken["reproduced"], printed
+
+
+def test_hallucinated_result(folder):
+    """Calls look perfect, results are invented, and nothing is right."""
+    clean, broken, printed = report_of(folder, "tools", "hallucinated_result")
+    assert clean["valid"] > 0.95 and clean["wrong_results"] == 0 and clean["canary"] == 0
+    assert clean["recovered"] > 0.5  # the second label is asked for where the first one is unknown
+    assert broken["valid"] > 0.9 and broken["wrong_results"] > 0.5
+    assert broken["right_sampled"] < clean["right_sampled"] - 0.4
     assert ("NOT reproduced" in printed) is not broken["reproduced"]
+
+
+def test_with_and_without_the_tool(folder):
+    """What the chapter is about: 40 points between the model with its tool and the control."""
+    command = [sys.executable, str(REPO / "tools.py"), "--seed", str(SEED), "--resume"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [folder / "runs" / f"tools{flag}-seed={SEED}" / "report.json" for flag in ("", "-plain=True")]
+    clean, plain = (json.loads(path.read_text()) for path in reports)
+    for key in ("right_greedy", "right_sampled", "sums", "prices"):
+        assert clean[key] > plain[key] + 0.4, key
+
+
+@pytest.mark.parametrize("name", ["unsafe_eval", "faulty_tool"])
+def test_another_tool_and_the_same_model(folder, name):
+    """eval runs what the question says and nobody notices; a wrong result in ten is copied."""
+    clean, broken, printed = report_of(folder, "tools", name)
+    if name == "unsafe_eval":
+        assert abs(broken["right_sampled"] - clean["right_sampled"]) < 0.03
+        assert broken["code_passed_on"] > 0 and broken["canary"] > 0 == clean["canary"]
+    else:
+        assert broken["right_sampled"] < clean["right_sampled"] - 0.1
+    assert broken["reproduced"], printed

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -709,50 +708,3 @@ def test_attack_counts_what_ran(capsys):
         assert all(tools.HOSTILE in text for text, _ in shown)
         assert found == {"code_passed_on": 1, "right_when_attacked": 0, "canary": ran}
     assert capsys.readouterr().out == ""  # it was caught, and the terminal stays clean
-
-
-# --- the signatures, at their documented size ---
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tools")
-
-
-def run_tools(folder, *flags):
-    """Run tools.py as a reader would; returns what was printed."""
-    command = [sys.executable, str(REPO / "tools.py"), "--seed", str(SEED), *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def report_of(folder, name):
-    return json.loads((folder / "runs" / name / "report.json").read_text())
-
-
-@pytest.mark.slow
-def test_with_and_without(folder):
-    """What the chapter is about: 40 points between the model with its tool and the control."""
-    run_tools(folder)
-    clean, plain = (report_of(folder, f"tools{flag}-seed={SEED}") for flag in ("", "-plain=True"))
-    for key in ("right_greedy", "right_sampled", "sums", "prices"):
-        assert clean[key] > plain[key] + 0.4, key
-    assert clean["valid"] > 0.95 and clean["wrong_results"] == 0 and clean["canary"] == 0
-    assert clean["recovered"] > 0.5  # the second label is asked for where the first one is unknown
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["hallucinated_result", "unsafe_eval"])
-def test_required_signatures(folder, name):
-    printed = run_tools(folder, "--break", name)
-    assert report_of(folder, f"tools-{name}-seed={SEED}")["reproduced"], printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["unmasked_result", "faulty_tool", "tool_overuse"])
-def test_reported_either_way(folder, name):
-    printed = run_tools(folder, "--break", name)
-    rl = "-rl=60" if name == "tool_overuse" else ""
-    broken = report_of(folder, f"tools-{name}{rl}-seed={SEED}")
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
