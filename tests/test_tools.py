@@ -24,7 +24,6 @@ from sft import IGNORE, sft_loss
 
 REPO = Path(__file__).resolve().parent.parent
 REAL = os.environ.get("REAL_DATA_DIR")
-SEED = 1234
 TOK = gpt.Tokenizer("task")
 OPEN, EQUALS, CLOSE = TOK.encode("<<=>>")
 
