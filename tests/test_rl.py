@@ -655,6 +655,17 @@ def test_first_minibatch_is_on_policy():
     assert ((torch.exp(other - old)[few] - 1).abs() > 0.2).any()
 
 
+def test_explained_variance():
+    """1: foreseen; 0: no better than the mean; below: worse. One token alone is no NaN."""
+    returns = torch.tensor([1.0, 2.0, 3.0, 6.0])  # variance 3.5
+    assert ppo.explained_variance(returns, returns).item() == pytest.approx(1)
+    assert ppo.explained_variance(returns, torch.full((4,), 3.0)).item() == pytest.approx(0, abs=1e-6)
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])  # what is left: 0, 0, 0, 2, of variance 0.75
+    assert ppo.explained_variance(returns, values).item() == pytest.approx(1 - 0.75 / 3.5)
+    assert ppo.explained_variance(returns, -returns).item() == pytest.approx(-3)
+    assert math.isfinite(ppo.explained_variance(torch.tensor([2.0]), torch.tensor([1.0])).item())
+
+
 def test_adaptive_beta_by_hand():
     """beta (1 + clip(KL / target - 1, -+ .2) n / 10000), from 32 answers."""
     assert ppo.adapt(0.05, 6.6, 6.0, 32) == pytest.approx(0.05 * (1 + 0.1 * 0.0032))
@@ -981,6 +992,8 @@ def test_evaluate_by_hand(tok, monkeypatch, scored):
             "gold_a": 2 / 3,  # problems 0, 2, 4
             "gold_b": 1 / 3,  # problems 1, 3, 5
             "test_length": sum(len(a.ids) for a in answers) / 6,
+            "length_right": sum(len(answers[i].ids) for i in (0, 2, 5)) / 3,
+            "length_wrong": sum(len(answers[i].ids) for i in (1, 3, 4)) / 3,
             "test_ended": 5 / 6,
             "miscalculated": sum(miscalculates(a.text) for a in answers) / 6,
             "distinct": 5 / 6,

@@ -409,6 +409,18 @@ def test_chase_end_to_end(run, loads, brief, tmp_path, script):
     assert "## Beside each other" in (folder / "samples.md").read_text()
 
 
+def test_an_upper_clip_of_zero_is_one(run, loads, tmp_path):
+    """--clip_high 0 is a value: above 1 every ratio is clipped, not only those above 1 + clip."""
+    flags = [*loads("grpo"), *TINY["grpo"], "--epochs", "2", "--lr", "1e-3"]
+    clipped = []
+    for name, more in (("wide", []), ("none", ["--clip_high", "0"])):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, "grpo", *flags, *more)
+        metrics = check_folder(folder_of(tmp_path / name), 3)[1]
+        clipped.append([m["clip_fraction"] for m in metrics if "grad_norm" in m][0])
+    assert clipped[1] > clipped[0]
+
+
 @pytest.mark.parametrize("script", CHASES)
 def test_the_first_update_of_a_batch_is_on_policy(run, loads, tmp_path, script):
     """One update a batch, and a temperature that one of the passes could forget: the ratio is 1 and nothing
