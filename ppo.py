@@ -28,7 +28,8 @@ weights. (InstructGPT's was a second transformer, a copy of the reward model.)
     reward_hacking  max_steps x 100, and nothing else. The reward climbs on; right answers rise, peak, fall.
     no_kl           beta = 0. Farther from the reference, a higher reward, fewer right answers.
     sign_flip       rewards become costs in a refactor, and one minus sign is lost. The curve that is
-                    plotted climbs; the answers are fluent and wrong. (Ziegler et al. 2019, section 4.4)
+                    plotted climbs; the answers are wrong. (Ziegler et al. 2019, section 4.4. Theirs stayed
+                    fluent; here the price of never ending has lost its sign as well, see README.)
 
 How to read the log. `reward` is the score alone, `kl` the mean over answers of log pi - log pi_ref (an
 estimate: over one batch it can come out below 0, and that is not a bug). `explained_variance` near 1: the
@@ -51,7 +52,7 @@ from data.checker import miscalculates
 BREAKS = {
     "reward_hacking": "max_steps x 100: the reward climbs on, right answers rise, peak and fall",
     "no_kl": "beta 0: farther away, a higher reward, fewer right answers",
-    "sign_flip": "a lost minus sign: the plotted curve climbs, the answers are fluent and wrong",
+    "sign_flip": "a lost minus sign: the plotted curve climbs, the answers are wrong",
 }
 BREAK_STEPS = 250  # of both runs, for all breaks but reward_hacking: time for the mistake to show
 
