@@ -26,7 +26,7 @@ EDGES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # of the bins of sqrt(KL)
 def evaluations(beta, seed, steps):
     """The evaluations of one run; trains it where it is not on disk."""
     # No leash is --break no_kl, to the bit, and the default is its clean run: no need to train them twice.
-    name = {"0.0": "grpo-no_kl", "0.3": "grpo"}.get(beta, "grpo")
+    name = "grpo-no_kl" if beta == "0.0" else "grpo"
     flags = {"0.0": ["--break", "no_kl"], "0.3": []}.get(beta, ["--beta", beta])
     shown = f"-beta={beta}".replace(".", "_") if "--beta" in flags else ""
     folder = Path("runs") / f"{name}-max_steps={steps}{shown}-seed={seed}"
