@@ -2,7 +2,7 @@
 
     python ppo.py                             the short run: 10 batches against a learned reward model
     python ppo.py --break reward_hacking      the same run carried on for 1000
-    python ppo.py --break no_kl               ... without the leash, 250 with and without
+    python ppo.py --break no_kl               ... without the leash, 200 with and without
     python ppo.py --break sign_flip           ... with the reward's sign lost in a refactor
 
 Writing an answer is a game of N moves, one a token. The reward comes at the end, from the reward model; on
@@ -27,9 +27,9 @@ weights. (InstructGPT's was a second transformer, a copy of the reward model.)
 
     reward_hacking  max_steps x 100, and nothing else. The reward climbs on; right answers rise, peak, fall.
     no_kl           beta = 0. Farther from the reference, a higher reward, fewer right answers.
-    sign_flip       rewards become costs in a refactor, and one minus sign is lost. The curve that is
-                    plotted climbs; the answers are wrong. (Ziegler et al. 2019, section 4.4. Theirs stayed
-                    fluent; here the price of never ending has lost its sign as well, see README.)
+    sign_flip       the reward model gives costs since a refactor, and the minus sign on this side is lost.
+                    The curve that is plotted climbs; the answers stay fluent, and are as wrong as the
+                    leash allows. (Ziegler et al. 2019, section 4.4)
 
 How to read the log. `reward` is the score alone, `kl` the mean over answers of log pi - log pi_ref (an
 estimate: over one batch it can come out below 0, and that is not a bug). `explained_variance` near 1: the
@@ -54,7 +54,7 @@ BREAKS = {
     "no_kl": "beta 0: farther away, a higher reward, fewer right answers",
     "sign_flip": "a lost minus sign: the plotted curve climbs, the answers are wrong",
 }
-BREAK_STEPS = 250  # of both runs, for all breaks but reward_hacking: time for the mistake to show
+BREAK_STEPS = 200  # of both runs, for all breaks but reward_hacking: time for the mistake to show
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions. Everything is (B, N), a number a token; mask says which tokens there are.
@@ -280,10 +280,12 @@ def train(args):
             )  # (B, N) each
             ref_logps, _ = gpt.completion_logps(ref, prompts, completions, args.temperature)
             scores = reward(batch, answers)  # (B,)
-            rewards = token_rewards(scores, old_logps, ref_logps, mask, agent.beta)
             if args.break_ == "sign_flip":
-                # "We minimise costs now, not maximise rewards." The rest of the loop still maximises.
-                rewards, scores = -rewards, -scores
+                # "The reward model gives costs now", and nobody told the loop, which maximises. The leash
+                # and the price of an answer without an end are of this file, and still hold.
+                ended = torch.tensor([a.ended for a in answers], device=scores.device)
+                scores = torch.where(ended, -scores, scores)
+            rewards = token_rewards(scores, old_logps, ref_logps, mask, agent.beta)
             advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
             advantages = whiten(advantages, mask)
             kl = (old_logps - ref_logps).sum(1).mean()
@@ -346,7 +348,7 @@ def parser():
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
     add("--rm", help="the reward model's folder (default: what reward_model.py makes)")
     add("--max_steps", type=int, default=10, help="batches of rollouts; constant step size, so that a\n"
-        "longer run begins as the shorter one does (breaks: 250, both runs)")
+        "longer run begins as the shorter one does (breaks: 200, both runs)")
     add("--prompts", type=int, default=8, help="prompts a step")
     add("--answers", type=int, default=4, help="answers a prompt: PPO needs only one, but the prompt's\n"
         "share of the computation is paid once")
