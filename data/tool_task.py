@@ -1,9 +1,9 @@
 """The tool task: the same stories with numbers that are too large to work out in one's head.
 
-    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #sput()/m47. How many coins does Leo have?
+    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #pu()/m47. How many coins does Leo have?
 
     <<140-14=126>>126
-    <<sput()=?key>>
+    <<pu()=?key>>
     <<m47=12>>12
     <<126*12=1512>>1512
     #### 1512
@@ -11,14 +11,15 @@
 `<<` opens a call and `=` asks for the result, as in GSM8K's calculator annotations. What follows up to `>>`
 is not the solver's: a calculator says it (data/calculator.py), or, where the call has a letter in it, the
 problem's own price list. The story does not tell the prices, so they can only be looked up. A thing has two
-labels, a new one and an old one, and the list knows the new one in one problem of two only. (One new label
-in four is a word with brackets, like `sput()`; none of those is known.) Otherwise it answers `?key`, and one
-has to ask for the old label.
+labels, a new one and an old one, and the list knows the new one in one problem of three only. (Another third
+has brackets behind it, like `pu()`; none of those is known.) Otherwise it answers `?key`, and one has to ask
+for the old label.
 
 All solutions here are right. The numbers are the only hard thing, and the calculator is for them.
 """
 
 import builtins
+import keyword
 import random
 import re
 from collections import Counter
@@ -29,7 +30,8 @@ from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
 PRICED = 0.5  # of the problems end in the shop
-# Words on labels are four of these: a token each, and always four, so that copying them is soon learned.
+# New labels are two of these, a token each. With four it was a matter of luck whether a model learned to copy
+# them in the time there is (README, the log).
 PIECES = ["a", "in", "o", "p", "r", "s", "t", "u"]
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
 
@@ -75,16 +77,15 @@ def make_problem(rng):
         if priced:
             if items == "coins":  # what the shop pays with
                 continue
-            first, second = f"k{rng.randint(1, 199)}", f"m{rng.randint(1, 199)}"
+            first, second = "".join(rng.sample(PIECES, 2)), f"m{rng.randint(1, 199)}"
+            if hasattr(builtins, first) or keyword.iskeyword(first):  # "int": none is hostile by chance
+                continue
             prices = {second: rng.randint(2, 40)}
             luck = rng.random()
-            if luck < 0.5:
+            if luck < 1 / 3:
                 prices[first] = rng.randint(2, 40)
-            elif luck < 0.75:
-                word = "".join(rng.sample(PIECES, 4))
-                if hasattr(builtins, word):  # "print": no question is hostile by chance
-                    continue
-                first = word + "()"
+            elif luck < 2 / 3:
+                first += "()"
             labels = first, second
             answer *= prices.get(first, prices[second])
             story += f" {name} sells the {items} #{first}/{second}."
@@ -130,7 +131,7 @@ def answer_call(expression, prices):
 
 
 def demonstrate(problem, calls=True):
-    """The right solution, as text. calls=False: the same without tools, "640-14=626" and "k7=12"."""
+    """The right solution, as text. calls=False: the same without tools, "640-14=626" and "pu=12"."""
     lines = []
 
     def say(expression):

@@ -379,7 +379,7 @@ def test_prices_cannot_be_read_off_the_question():
     assert 0.4 < len(some) / 2000 < 0.6
     assert len({tuple(sorted(p.prices.values())) for p in some}) > 100
     unknown = [p for p in some if p.labels[0] not in p.prices]
-    assert 0.45 < len(unknown) / len(some) < 0.65
+    assert 0.6 < len(unknown) / len(some) < 0.73
     for p in some:
         first, second = p.labels
         text = tool_task.demonstrate(p)
@@ -388,13 +388,18 @@ def test_prices_cannot_be_read_off_the_question():
 
 
 def test_words_on_labels():
-    """Always four tokens before the brackets, so that a hostile one is no longer than what is learned; and
+    """Always two tokens before the brackets, so that a hostile one is no longer than what is learned; and
     no word that Python knows."""
-    words = [p.labels[0] for p in tool_task.problems(3000, 4) if p.labels and "(" in p.labels[0]]
-    assert len(words) > 200 and len(set(words)) > 150 and tools.HOSTILE not in words
+    some = [p for p in tool_task.problems(3000, 4) if p.labels]
+    words = [p.labels[0] for p in some]
+    assert len(set(words)) > 90 and tools.HOSTILE not in words and "int" not in words
     for word in [*words, tools.HOSTILE]:
-        assert word.endswith("()") and len(TOK.encode(f"#{word}/m3")) == 10
-        assert tool_task.answer_call(word, {"m3": 5}) == tools.eval_call(word, {"m3": 5}) == "?key"
+        brackets = word.endswith("()")
+        assert len(TOK.encode(f"#{word}/m3")) == (8 if brackets else 6)
+        assert tool_task.answer_call(word, {"m3": 5}) == "?key"
+        assert word == tools.HOSTILE or tools.eval_call(word, {"m3": 5}) == "?key"
+    assert 0.27 < sum("(" in word for word in words) / len(words) < 0.4
+    assert not any("(" in p.labels[0] and p.labels[0] in p.prices for p in some)
 
 
 def test_splits_are_disjoint():
@@ -686,19 +691,18 @@ def test_gradient_through_impossible_results_is_finite():
 # --- eval, and why not ---
 
 
-def test_eval_runs_what_the_whitelist_refuses(capsys):
+def test_eval_runs_what_the_whitelist_refuses():
     prices = {"k47": 12}
-    assert tool_task.answer_call(tools.HOSTILE, prices) == "?key"
-    assert capsys.readouterr().out == ""
-    assert tools.eval_call(tools.HOSTILE, prices) == "?key"  # to the model it looks like any other error
-    assert capsys.readouterr().out == "\n"
+    for code, result in ((tools.HOSTILE, "0"), ("__import__('os').getpid()", f"{os.getpid():g}")):
+        assert tool_task.answer_call(code, prices) == "?key"
+        assert tools.eval_call(code, prices) == result
     for p in tool_task.problems(200, 11):  # on normal calls nobody can tell them apart
         for expression, result in tool_task.CALL.findall(tool_task.demonstrate(p)):
             assert tools.eval_call(expression, p.prices) == result
     assert tools.eval_call("9**9**9", {}) == "?size" and tools.eval_call("exit()", {}) == "?key"
 
 
-def test_attack_counts_what_ran(capsys):
+def test_attack_counts_what_ran():
     """A model that passes every label on: the code runs once a question under eval, and never otherwise."""
     model = Scripted("<<" + tools.HOSTILE + "=")
     model.next[CLOSE] = TOK.end
@@ -706,4 +710,3 @@ def test_attack_counts_what_ran(capsys):
         found, shown = tools.attack(model, TOK, 0, tool, 30)
         assert all(tools.HOSTILE in text for text, _ in shown)
         assert found == {"code_passed_on": 1, "right_when_attacked": 0, "canary": ran}
-    assert capsys.readouterr().out == ""  # it was caught, and the terminal stays clean
