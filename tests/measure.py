@@ -25,7 +25,18 @@ def reports_of(script, name, seed, flags):
     # Every run names its folder when it ends, or when it is found there; the last one is the one asked for.
     folder = re.findall(r"^(runs\S+): (?:already there|done in)", printed, re.MULTILINE)[-1]
     folders = {"clean": folder.replace(f"{script}-{name}", script, 1), name: folder}
-    return {label: json.loads((Path(f) / "report.json").read_text()) for label, f in folders.items()}
+    reports = {label: json.loads((Path(f) / "report.json").read_text()) for label, f in folders.items()}
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return reports, [m for m in lines if "n" in m]  # reasoning.py: what came out with n answers
+
+
+def print_curves(curves):
+    """A row for every way to choose, a column for every n: means over the seeds."""
+    print("\n| n | " + " | ".join(str(m["n"]) for m in curves[0]) + " |\n|---" + "|---" * len(curves[0]) + "|")
+    for key in curves[0][0]:
+        if key not in ("n", "step", "time"):
+            means = [sum(m[key] for m in column) / len(column) for column in zip(*curves)]
+            print(f"| {key} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
 
 
 def spread(values):
@@ -38,7 +49,7 @@ def main():
     parser.add_argument("break_", metavar="break", help="the break's name, or clean")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
     args, flags = parser.parse_known_args()
-    found = [reports_of(args.script, args.break_, seed, flags) for seed in args.seeds]
+    found, curves = zip(*(reports_of(args.script, args.break_, seed, flags) for seed in args.seeds))
     print(
         f"\n{args.script}.py {args.break_} {' '.join(flags)}, seeds {args.seeds}: mean (lowest to highest)\n"
     )
@@ -47,6 +58,8 @@ def main():
         rows = [[reports[label].get(key) for reports in found] for label in found[0]]
         if all(isinstance(value, (int, float)) for row in rows for value in row):
             print(f"| {key} | " + " | ".join(map(spread, rows)) + " |")
+    if curves[0]:
+        print_curves(curves)
     if args.break_ == "clean":
         return
     broken = [reports[args.break_] for reports in found]
