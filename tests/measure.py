@@ -32,7 +32,8 @@ def reports_of(script, name, seed, flags):
 
 def print_curves(curves):
     """A row for every way to choose, a column for every n: means over the seeds."""
-    print("\n| n | " + " | ".join(str(m["n"]) for m in curves[0]) + " |\n|---" + "|---" * len(curves[0]) + "|")
+    print("\n| n | " + " | ".join(str(m["n"]) for m in curves[0]) + " |")
+    print("|---" * (len(curves[0]) + 1) + "|")
     for key in curves[0][0]:
         if key not in ("n", "step", "time"):
             means = [sum(m[key] for m in column) / len(column) for column in zip(*curves)]
