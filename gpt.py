@@ -206,7 +206,7 @@ class GPT(nn.Module):
 class Scorer(nn.Module):
     """A transformer that gives a number where a language model gives a token: reward model, verifier.
 
-    The output layer is one dot product with a final hidden state. The scale of what it learns is
+    The output layer is one dot product with a final hidden state. Where its zero lies is
     arbitrary, so scores are reported as (raw - mean) / std, with mean and std set once, after training.
     """
 
@@ -590,11 +590,12 @@ def save_model(model, folder):
     write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path, metadata))
 
 
-def load_model(where, device="cpu", bfloat16=False):
+def load_model(where, device="cpu", bfloat16=False, scorer=False):
     """A model from a folder, or by name from the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl).
 
-    GPT-2 comes with 50257 tokens; four rows are added for the chat tokens. Exits with one line that
-    says what is missing and the way out where nothing can be loaded.
+    scorer: a reward model will do as well (its transformer alone). GPT-2 comes with 50257 tokens; four rows
+    are added for the chat tokens. Exits with one line that says what is missing and the way out where
+    nothing can be loaded.
     """
     files = ("config.json", "model.safetensors")
     if (Path(where) / "report.json").is_file():
@@ -622,6 +623,8 @@ def load_model(where, device="cpu", bfloat16=False):
             chat=c.get("chat", False),
         )  # fmt: skip
         loaded = load_file(paths[1])
+        if "score.weight" in loaded and not scorer:
+            sys.exit(f"{where} is a reward model or a verifier: it gives scores and cannot write")
         model = GPT(config)
         weights = {}
         for name in model.state_dict():
@@ -644,7 +647,7 @@ def load_model(where, device="cpu", bfloat16=False):
 
 def load_scorer(where, device="cpu", bfloat16=False):
     """A reward model or verifier from the folder of a run or of a model. Exits where it is none."""
-    scorer = Scorer(load_model(where, device, bfloat16)).to(device)
+    scorer = Scorer(load_model(where, device, bfloat16, scorer=True)).to(device)
     folder = Path(where) / "model" if (Path(where) / "report.json").is_file() else Path(where)
     weights, config = (folder / name for name in ("model.safetensors", "config.json"))
     if not weights.is_file() or "score.weight" not in (tensors := load_file(weights)):
@@ -777,7 +780,11 @@ class Run:
         # The code is part of the settings: who changes a line and runs a break again must not be
         # shown the clean run of the old line.
         here = Path(__file__).parent
-        files = [here / f"{args.script}.py", here / "gpt.py", *sorted(here.glob("data/*task.py"))]
+        script = here / f"{args.script}.py"
+        # What the script imports from its neighbours counts as well: tools.py has its loss from grpo.py.
+        names = re.findall(r"^(?:import|from) (\w+)", script.read_text(), re.MULTILINE)
+        imported = [here / f"{name}.py" for name in sorted({"gpt", *names} - {args.script})]
+        files = [script, *(file for file in imported if file.is_file()), *sorted(here.glob("data/*.py"))]
         code = b"".join(file.read_bytes() for file in files)
         left_out = ("resume", "device", "suffix")
         self.config = {k: v for k, v in vars(args).items() if k not in left_out}

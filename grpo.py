@@ -6,7 +6,7 @@
     python grpo.py --reward checker --max_steps 1000      what a true reward does in as many steps
 
 For every prompt the policy writes G answers; each is scored, and its advantage is how much better it is than
-its siblings (Shao et al. 2024, eq. 3):
+its siblings (Shao et al. 2024, section 4.1.2):
 
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)
 
@@ -27,15 +27,18 @@ worse. (Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5)
     format_reward   a bonus for every calculation shown, on top of the exact checker. It is
                     easier to earn than a right answer.
     k1_kl_loss      the leash as the mean of log pi - log pi_ref, an unbiased estimate of the KL divergence.
-                    As a *reward* that works. As a *loss* its expected gradient is zero: no leash at all.
-    temperature_mismatch  sampled at temperature 0.6, scored at 1: pi_old is not what was sampled from.
+                    As a *reward* that works. A *loss* is differentiated, and the expected gradient of
+                    this one is zero (k3's is that of KL(pi_ref || pi)): no leash at all.
+    temperature_mismatch  sampled at temperature 0.6, scored at 1: the ratio is not 1 at the first update, and
+                    the policy that is trained is not the one that writes.
     length_norm     the mean over each answer's own tokens: a token of a long answer weighs less, so a long
                     wrong answer is let off lightly. (Liu et al. 2025, section 3.1)
 
 How to read the log. A GRPO loss near 0 is expected: at the first update of a batch rho is 1 and the
-advantages of a group sum to 0. Watch the reward. `kl` is the mean over answers of log pi - log pi_ref,
-an estimate: over one batch it can come out below 0, and that is not a bug. `gold` is the share of right
-answers by the exact checker, which the training never sees.
+advantages of a group sum to 0 (what is left comes from answers of different lengths). Watch the reward.
+`kl` is the mean over answers of log pi - log pi_ref, an estimate: over one batch it can come out below 0,
+and that is not a bug. `gold` is the share of right answers by the exact checker, which the training never
+sees (unless it is the reward).
 """
 
 import argparse
@@ -145,14 +148,14 @@ def my_reward(problems, answers):
 
 
 @torch.no_grad()
-def evaluate(policy, ref, reward, tok, problems, seed, step):
+def evaluate(policy, ref, reward, tok, problems, seed, step, longest):
     """Gold accuracy, reward and KL of the policy on the same sampled answers. Returns (results, answers).
 
     gold_a and gold_b are the two halves of the problems: a peak that is chosen on one half and
     measured on the other is not a peak of luck.
     """
     questions, golds = [p.text for p in problems], [p.answer for p in problems]
-    answers = gpt.solve(policy, tok, questions, golds, 1.0, gpt.rng(seed, "evaluation", step))
+    answers = gpt.solve(policy, tok, questions, golds, 1.0, gpt.rng(seed, "evaluation", step), longest)
     prompts, completions = [tok.prompt(q) for q in questions], [a.ids for a in answers]
     kl = 0.0
     for i in range(0, len(prompts), 250):
@@ -183,7 +186,7 @@ def evaluate(policy, ref, reward, tok, problems, seed, step):
 
 def start_peak_end(metrics):
     """The three evaluations that tell the story, as flat results. The peak is the best evaluation on one
-    half of the problems; the accuracies told are those of the other half."""
+    half of the problems (gold_a); whether it was one is to be read off the other half (gold_b)."""
     evaluations = [m for m in metrics if "test_gold" in m]
     peak = max(evaluations, key=lambda m: m["gold_a"])
     results = {"peak_step": peak["step"]}
@@ -235,6 +238,8 @@ def train(args):
     reward = {"checker": checker_reward, "mine": my_reward}.get(args.reward)
     if args.reward == "learned":
         scorer = gpt.load_scorer(args.rm or gpt.made_by("reward_model", args, "a minute"), args.device)
+        if scorer.transformer.config.tokenizer != tok.name:
+            raise SystemExit("policy and reward model must share a tokenizer: one reads what the other wrote")
         reward = functools.partial(learned_reward, scorer.requires_grad_(False), tok)
     if args.break_ == "format_reward":
         # "Show your work": a tenth of a point for every calculation, with no upper bound.
@@ -265,7 +270,7 @@ def train(args):
     for step in run.steps(max_steps, policy, optimizer, save_every=25, show=show):
         # Often at first, where things happen fast.
         if step % (25 if step < 300 else 100) == 0 or step == max_steps:
-            results, answers = evaluate(policy, ref, reward, tok, held_out, args.seed, step)
+            results, answers = evaluate(policy, ref, reward, tok, held_out, args.seed, step, longest)
             run.say(step, **results)
             shown = [f"{a.text} ({'right' if a.right else 'wrong'})" for a in answers[:8]]
             run.samples(step, [(p.text, text) for p, text in zip(held_out, shown)])
@@ -314,7 +319,7 @@ def train(args):
                 grad_norm=grad_norm,
                 ratio_error=(ratio - 1).abs().mean(),
                 clip_fraction=((ratio < 1 - args.clip) | (ratio > 1 + clip_high)).float().mean(),
-                equal_groups=(rewards.view(P, G).std(1) == 0).float().mean(),
+                equal_groups=(rewards.view(P, G).amax(1) == rewards.view(P, G).amin(1)).float().mean(),
                 length=mask.sum(1).float().mean(),
                 ended=ended.float().mean(),
             )
@@ -359,6 +364,8 @@ def main(argv=None):
     args = gpt.parse("grpo", parser(), argv, BREAKS)
     if args.group < 2:
         raise SystemExit("--group must be at least 2: the baseline of an answer is the mean of its group")
+    if args.problems < 2:
+        raise SystemExit("--problems must be at least 2: the peak is chosen on one half of them")
     if args.break_ is None:
         gpt.run_once(train, args, reuse=args.resume)
         return
@@ -378,9 +385,11 @@ def main(argv=None):
     }
     outside = {
         "right answers at the start": "start_gold",
-        "   ... at the peak": "peak_gold",
         "   ... at the end": "end_gold",
-        "step of the peak": "peak_step",
+        "step of the peak (chosen on one half)": "peak_step",
+        "right, other half: at the start": "start_gold_b",
+        "   ... at the peak": "peak_gold_b",
+        "   ... at the end, other half": "end_gold_b",
         "reward at the start": "start_reward",
         "   ... at the peak ": "peak_reward",
         "   ... at the end ": "end_reward",

@@ -5,18 +5,21 @@
     python ppo.py --break no_kl               ... without the leash, 200 with and without
     python ppo.py --break sign_flip           ... with the reward's sign lost in a refactor
 
-Writing an answer is a game of N moves, one a token. The reward comes at the end, from the reward model; on
-the way every token pays for leaving the SFT model (Ouyang et al. 2022, section 3.5; Ziegler et al. 2019)
+Writing an answer is a game of N moves, one a token. Three models take part, and all start as the SFT model:
+pi, the policy, is trained; pi_old is pi as it was when it wrote the answers; pi_ref, the reference, never
+changes. The reward comes at the end, from the reward model; on the way every token pays for leaving the
+reference (Ouyang et al. 2022, section 3.5; Ziegler et al. 2019)
 
     r_t = - beta (log pi_old(y_t) - log pi_ref(y_t))  +  [t is the last token] * score(y)
 
-Which of the N tokens earned it? A value function V_t says what reward is still to be expected before token t,
+Which of the N tokens earned it? A value function V_t, read before token t, says what reward is still to come,
 and the advantage of token t is how much better things went than that (Schulman et al. 2015, GAE)
 
     delta_t = r_t + gamma V_{t+1} - V_t           A_t = delta_t + gamma lambda A_{t+1}
 
 The policy takes a step towards what went well, but not farther than the samples can be trusted, since they
-came from the policy before the step (Schulman et al. 2017, eq. 7 and 9)
+came from the policy before the step (Schulman et al. 2017, eq. 7 and 9; the clipped value loss is that of
+their code). R_t = A_t + V_t is what V should have said, V_clip is V held near what it said at sampling:
 
     rho_t = pi(y_t) / pi_old(y_t)
     L = mean_t max(-rho A, -clip(rho, 1-eps, 1+eps) A)  +  c_v mean_t 1/2 max((V-R)^2, (V_clip-R)^2)
@@ -29,7 +32,8 @@ weights. (InstructGPT's was a second transformer, a copy of the reward model.)
     no_kl           beta = 0. Farther from the reference, a higher reward, fewer right answers.
     sign_flip       the reward model gives costs since a refactor, and the minus sign on this side is lost.
                     The curve that is plotted climbs; the answers stay fluent, and are as wrong as the
-                    leash allows. (Ziegler et al. 2019, section 4.4)
+                    leash allows. (Ziegler et al. 2019, section 4.4: with the leash's sign lost as well it
+                    would have been noise.)
 
 How to read the log. `reward` is the score alone, `kl` the mean over answers of log pi - log pi_ref (an
 estimate: over one batch it can come out below 0, and that is not a bug). `explained_variance` near 1: the
@@ -148,14 +152,14 @@ def learned_reward(scorer, tok, problems, answers):
 
 
 @torch.no_grad()
-def evaluate(policy, ref, reward, tok, problems, seed, step):
+def evaluate(policy, ref, reward, tok, problems, seed, step, longest):
     """Gold accuracy, reward and KL of the policy on the same sampled answers. Returns (results, answers).
 
     gold_a and gold_b are the two halves of the problems: a peak that is chosen on one half and
     measured on the other is not a peak of luck.
     """
     questions, golds = [p.text for p in problems], [p.answer for p in problems]
-    answers = gpt.solve(policy, tok, questions, golds, 1.0, gpt.rng(seed, "evaluation", step))
+    answers = gpt.solve(policy, tok, questions, golds, 1.0, gpt.rng(seed, "evaluation", step), longest)
     prompts, completions = [tok.prompt(q) for q in questions], [a.ids for a in answers]
     kl = 0.0
     for i in range(0, len(prompts), 250):
@@ -186,7 +190,7 @@ def evaluate(policy, ref, reward, tok, problems, seed, step):
 
 def start_peak_end(metrics):
     """The three evaluations that tell the story, as flat results. The peak is the best evaluation on one
-    half of the problems; the accuracies told are those of the other half."""
+    half of the problems (gold_a); whether it was one is to be read off the other half (gold_b)."""
     evaluations = [m for m in metrics if "test_gold" in m]
     peak = max(evaluations, key=lambda m: m["gold_a"])
     results = {"peak_step": peak["step"]}
@@ -236,6 +240,8 @@ def train(args):
     ref = gpt.load_model(where, args.device, args.dtype == "bfloat16").requires_grad_(False)
     tok = gpt.Tokenizer(policy.config.tokenizer)
     scorer = gpt.load_scorer(args.rm or gpt.made_by("reward_model", args, "a minute"), args.device)
+    if scorer.transformer.config.tokenizer != tok.name:
+        raise SystemExit("policy and reward model must share a tokenizer: one reads what the other wrote")
     reward = functools.partial(learned_reward, scorer.requires_grad_(False), tok)
     # Policy, value head and beta in one module: one optimizer, one checkpoint.
     agent = nn.ModuleDict({"policy": policy, "value": nn.Linear(policy.config.n_embd, 1)}).to(args.device)
@@ -259,7 +265,7 @@ def train(args):
     for step in run.steps(max_steps, agent, optimizer, save_every=25, show=show):
         # Often at first, where things happen fast.
         if step % (25 if step < 300 else 100) == 0 or step == max_steps:
-            results, answers = evaluate(policy, ref, reward, tok, held_out, args.seed, step)
+            results, answers = evaluate(policy, ref, reward, tok, held_out, args.seed, step, longest)
             run.say(step, **results)
             shown = [f"{a.text} ({'right' if a.right else 'wrong'})" for a in answers[:8]]
             run.samples(step, [(p.text, text) for p, text in zip(held_out, shown)])
@@ -373,6 +379,10 @@ def parser():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = gpt.parse("ppo", parser(), argv, BREAKS)
+    if args.problems < 2:
+        raise SystemExit("--problems must be at least 2: the peak is chosen on one half of them")
+    if args.target_kl and not args.beta:
+        raise SystemExit("--target_kl changes --beta by a factor: with --beta 0 it stays 0")
     if args.break_ is None:
         gpt.run_once(train, args, reuse=args.resume)
         return
@@ -390,9 +400,11 @@ def main(argv=None):
     }
     outside = {
         "right answers at the start": "start_gold",
-        "   ... at the peak": "peak_gold",
         "   ... at the end": "end_gold",
-        "step of the peak": "peak_step",
+        "step of the peak (chosen on one half)": "peak_step",
+        "right, other half: at the start": "start_gold_b",
+        "   ... at the peak": "peak_gold_b",
+        "   ... at the end, other half": "end_gold_b",
         "reward at the start": "start_reward",
         "   ... at the peak ": "peak_reward",
         "   ... at the end ": "end_reward",
@@ -439,6 +451,8 @@ def main(argv=None):
             ("right answers: 10 points or more below the start", B["end_gold"] < B["start_gold"] - 0.1),
         ]
         panels[0] = ("dashboard: reward as logged", "mean of a batch", "reward")
+        # Who logs costs as rewards has no true score on the dashboard.
+        outside = {"true score on held-out problems": dashboard.pop("reward on held-out problems")} | outside
         cure = "python ppo.py   (read ten samples before reading the curve)"
     gpt.break_report(clean, broken, dashboard, outside, claims, cure, panels)
 

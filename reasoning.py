@@ -13,7 +13,7 @@ Nothing about the model is changed any more. It answers the same question N time
     best of N         the answer that a *verifier* scores highest. The verifier is the same transformer with
                       one number as its output, trained to tell right solutions from wrong ones (Cobbe et al.
                       2021). It has seen the truth, so it can repair both.
-    vote of the top   majority among the quarter that the verifier likes best (Cobbe et al. 2021, sec. 5.2)
+    vote of the top   majority among the quarter that the verifier likes best (Cobbe et al. 2021, sec. 5.1)
     weighted vote     a vote in which each answer weighs what the verifier gives it (Li et al. 2022)
     oracle            is there a right one among the N at all? pass@N: no way of choosing can do better.
 
@@ -25,9 +25,10 @@ the last one, at the end token: only there is the whole solution in sight. (`--l
 on that one alone.)
 
 What to look at: `held_out`, the verifier's accuracy, is what gets reported. Best of N lives on something
-else: how often a *wrong* answer gets a high score. Among N answers the highest score belongs to the best one
-only while N is too small to contain one that fools the verifier. If a share h of all samples does, that is
-near N = 1/h.
+else: how often a *wrong* answer gets a high score. If a share h of all samples fools the verifier (wrong, and
+accepted), one of them is usually there from about N = 1/h on. That alone would hold best of N where it is, at
+the verifier's precision. It falls, because the very highest scores are those of wrong answers: nothing is as
+much to the verifier's taste as what errs where the verifier is blind.
 
     overoptimize_verifier  take the highest score, and many samples: its score rises with every doubling of
                            N, right answers rise, peak, and fall below the plain vote.
@@ -65,7 +66,8 @@ BREAKS = {
 def verifier_loss(scores, mask, right):
     """Cross-entropy of "this will turn out right", mean over the states where mask is True.
 
-    scores, mask: (B, N+1), a score after every token. right: (B,) bool. A score of 0 everywhere gives log 2.
+    scores, mask: (B, N+1): before the answer's first token, and after each of its N. right: (B,) bool.
+    A score of 0 everywhere gives log 2.
     """
     targets = right.float()[:, None].expand_as(scores)  # (B,) -> (B, N+1): the outcome, known in hindsight
     return F.binary_cross_entropy_with_logits(scores[mask], targets[mask])
@@ -250,7 +252,8 @@ def train(args):
     turned_out = torch.tensor([a.right for group in checked for a in group])
 
     # ---- the loop: the verifier
-    optimizer = gpt.make_optimizer(scorer, args.lr)
+    lr = args.lr or (1e-3 if model.config.n_embd < 512 else 1e-5)
+    optimizer = gpt.make_optimizer(scorer, lr)
     for step in run.steps(steps, scorer, optimizer):
         if step % args.eval_every == 0 or step == steps:
             verdicts = score_all(scorer, tok, checks, checked)
@@ -264,7 +267,7 @@ def train(args):
         if step == steps:
             break
         # ---- one update: all solutions of a few problems, so that right and wrong stand side by side
-        gpt.set_lr(optimizer, args.lr, step, steps)
+        gpt.set_lr(optimizer, lr, step, steps)
         chosen = gpt.batch_indices(len(lessons), args.batch, step, args.seed)
         prompts = [tok.prompt(lessons[i].text) for i in chosen for _ in range(samples)]
         answers = [a for i in chosen for a in solved[i]]
@@ -331,13 +334,20 @@ def train(args):
     }
     rare = precision_at(0.05, found["sensitivity"], found["specificity"])
     r = {name: f"{value:.1%}" for name, value in report.items()}
+    verdicts = "It accepts none of them."
+    if report["sensitivity"] or report["fooled"]:
+        verdicts = (
+            f"Of those that it accepts {r['precision']} are\n"
+            f"right; if only 5 % of all were, {rare:.1%} would be. It is fooled by a share h = "
+            f"{report['fooled']:.3f} of all samples\n(wrong, and accepted), and 1/h = {report['onset']:.0f}."
+        )
     print(
-        f"\nThe verifier is right about {r['held_out']} of held-out solutions. Of those that it accepts "
-        f"{r['precision']} are right;\nif only 5 % of all were, {rare:.1%} would be. It is fooled by a share "
-        f"h = {report['fooled']:.3f} of all samples\n(wrong, and accepted), and 1/h = {report['onset']:.0f}; "
-        f"best of N is best at N = {peak['n']}.\nOf the wrong answers {r['wrong_miscalculated']} "
-        f"miscalculate, of the wrong ones with the highest score {r['fakes_miscalculated']}.\nRevising its "
-        f"first answer: {r['rewritten']} rewritten, {r['repaired']} of all repaired, {r['spoiled']} spoiled."
+        f"\nThe verifier is right about {r['held_out']} of held-out solutions. {verdicts}\n"
+        f"Best of N is best at N = {peak['n']} (on one half of the problems).\n"
+        f"Of the wrong answers {r['wrong_miscalculated']} miscalculate, of the wrong ones with the highest "
+        f"score {r['fakes_miscalculated']}.\n"
+        f"Revising its first answer: {r['rewritten']} rewritten, {r['repaired']} of all repaired, "
+        f"{r['spoiled']} spoiled."
     )
     run.samples(f"{steps}, chosen among {args.n}", [
         (p.text, f"highest score ({max(some):+.1f}, {'right' if w.right else 'wrong'}): {w.text}\n\n"
@@ -408,8 +418,9 @@ def draw_choices(path, curves, report):
             cost = 1 if metric in ("vote", "oracle") else 2
             right.plot([cost * m["tokens"] for m in curves], values, line, color=color, linewidth=2)
         left.axhline(report["greedy"], color="0.3", linewidth=0.8, label="one greedy answer")
-        left.axvline(report["onset"], color="tab:red", linewidth=0.8, linestyle=":")
-        left.text(report["onset"], 1.03, "1/h", color="tab:red", ha="center")
+        if report["onset"] <= sizes[-1]:
+            left.axvline(report["onset"], color="tab:red", linewidth=0.8, linestyle=":")
+            left.text(report["onset"], 1.03, "1/h", color="tab:red", ha="center")
         left.set(xlabel="N answers", ylabel="right answers", ylim=(0, 1.1))
         left.set_title("the same answers, chosen in different ways")
         right.set(title="against what it costs", xlabel="tokens written and read a problem", ylim=(0, 1.1))
@@ -444,8 +455,9 @@ def draw_no_cot(path, runs):
 
     def draw(left, right):
         for run, color in zip(runs, ("tab:blue", "tab:red")):
-            flags = [] if run.label == "clean" else ["--answer_only"]
-            made = gpt.Run(gpt.parse("sft", sft.parser(), [*flags, "--seed", str(run.config["seed"])]))
+            flags = [f"--{key}={run.config[key]}" for key in ("seed", "dtype")]
+            flags += [] if run.label == "clean" else ["--answer_only"]
+            made = gpt.Run(gpt.parse("sft", sft.parser(), flags))
             losses = [m["loss"] for m in made.metrics if "loss" in m]
             width = max(1, len(losses) // 30)
             means = [sum(losses[i : i + width]) / width for i in range(0, len(losses) - width + 1, width)]
@@ -472,12 +484,16 @@ def draw_no_cot(path, runs):
 
 def published(path):
     """GSM8K's published model solutions: vote, oracle and the best single one of the models in the file."""
-    rows, file = [], Path(path)
-    public.load_or_exit(path)  # says in one line what is wrong with a file, and where
-    for _, row in public.lines(file):
+    rows, file = [], Path(path).expanduser()
+    if not file.name.endswith((".jsonl", ".jsonl.gz")):
+        raise SystemExit(f"{path}: published solutions are a local .jsonl or .jsonl.gz file")
+    public.load_or_exit(str(file))  # says in one line what is wrong with a file, and where
+    for number, row in public.lines(file):
         entries = {name: entry for name, entry in row.items() if isinstance(entry, dict)}
         gold = last_answer(row.get("ground_truth", ""))
         if entries and gold is not None:
+            if rows and entries.keys() != rows[0][1].keys():
+                raise SystemExit(f"{path}, line {number}: other models than in the lines before")
             rows.append((gold, {name: last_answer(e["solution"]) for name, e in entries.items()}, entries))
     if not rows:
         raise SystemExit(f"{path} holds no published solutions: each line needs ground_truth and, for every "
@@ -508,7 +524,7 @@ def parser():
     add("--train_problems", type=int, default=4000, help="problems that the verifier learns from")
     add("--samples", type=int, default=8, help="... and the model's solutions to each")
     add("--batch", type=int, default=4, help="problems an update, with all their solutions")
-    add("--lr", type=float, default=1e-3, help="step size of the verifier")
+    add("--lr", type=float, help="step size of the verifier (default 1e-3; 1e-5 from width 512 on)")
     add("--eval_every", type=int, default=250, help="steps between evaluations of the verifier")
     add("--max_tokens", type=int, default=48, help="longer answers are cut off")
     return p
@@ -520,6 +536,8 @@ def main(argv=None):
     if args.data:
         published(args.data)
         return
+    if args.n & (args.n - 1):
+        raise SystemExit(f"--n {args.n}: N doubles from 1 on, so it must be 2, 4, 8, 16, ...")
     if args.train_problems < args.batch:
         raise SystemExit(f"--train_problems {args.train_problems} are too few for --batch {args.batch}")
     if args.break_ is None:

@@ -14,8 +14,8 @@ scores r that make the verdicts likeliest minimise (Ouyang et al. 2022, eq. 1)
 
 r is the SFT model with another last layer: one number, read at the last token of the answer (the end
 token), the first place from which the whole answer is in sight. Only differences within one prompt
-count in the loss, so the zero and the unit are arbitrary; after training they are set such that the SFT
-model's own samples score 0 on average with standard deviation 1.
+count in the loss, so the zero is arbitrary (the unit is not: it is log-odds); after training both are set
+such that the SFT model's own samples score 0 on average with standard deviation 1.
 
 What to look at: `held_out_pairs`, the accuracy on pairs that it was not trained on, is what everybody
 reports. The other lines say what that number does not: does the score follow length or confident words,
@@ -147,7 +147,7 @@ def correlation(x, y):
     return (x @ y / (x.norm() * y.norm() + 1e-9)).item()
 
 
-def outside(args, scorer, sft, tok, run):
+def outside(args, scorer, sft, where, tok, run):
     """The same score, asked about pairs that are not like the annotators' (all with true labels)."""
 
     def share_right(pairs):
@@ -158,7 +158,8 @@ def outside(args, scorer, sft, tok, run):
 
     # Careful annotators: right against wrong.
     held_out = task.preference_pairs(2 * args.problems, args.seed, "test")
-    # The wrong side either miscalculates or has misread the problem. Which of the two does the score see?
+    # The wrong side either miscalculates or has misread the problem (a step skipped or turned around counts
+    # as misread here). Which of the two does the score see?
     slips = [p for p in held_out if miscalculates(p["rejected"])]
     rng = random.Random(f"outside {args.seed}")
     padded = []
@@ -170,7 +171,7 @@ def outside(args, scorer, sft, tok, run):
         # Nothing about the reward model is different. Somebody uses it.
         gpt.save_model(scorer, run.folder / "model")
         flags = ["--rm", str(run.folder / "model"), "--max_steps", "200", "--beta", "0"]
-        flags += ["--load", args.load] if args.load else []
+        flags += ["--load", where] if args.load or args.base else []
         policy = gpt.load_model(gpt.made_by("grpo", args, "a minute and a half", flags), args.device)
     own = policy_pairs(policy, tok, task.problems(args.problems, args.seed, "test"), args.seed)
     return {
@@ -299,7 +300,7 @@ def train(args):
         for name, style in STYLES.items():
             values = torch.tensor([float(style(a)) for a in answers], device=scores.device)
             report[f"corr_{name}"] = correlation(scores, values)
-        report |= outside(args, scorer, sft, tok, run)
+        report |= outside(args, scorer, sft, where, tok, run)
     print("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
     run.finish(scorer, **report)
     return run

@@ -147,7 +147,7 @@ def rl_loss(logps, old_logps, ref_logps, advantages, own, beta):
     """GRPO (grpo.py) on the tokens that the model wrote itself. Returns (loss, KL a token).
 
     logps, old_logps, ref_logps, own: (B, N). advantages: (B, 1). The denominator counts the model's own
-    tokens as well: with the injected ones in it, whoever calls more would be pushed less.
+    tokens as well: with the injected ones in it, a batch of many calls would take a smaller step.
     """
     # For the model the injected `>>` is impossible, and its ratio exp(-inf - -inf) is NaN, which no
     # multiplication by 0 makes good again.
@@ -190,7 +190,8 @@ def ask(model, tok, problems, tool, temperature, generator, longest, batch=250):
 
 def examine(model, tok, problems, tool, seed, longest):
     """Right answers, sampled and greedy, and what the calls in the sampled ones were like."""
-    # The same random numbers every time: one model with two tools differs by what the tools say alone.
+    # The same seed every time, so that one model with two tools begins alike. (Where one answer ends sooner,
+    # the others of its batch go on with other random numbers.)
     sampled, _ = ask(model, tok, problems, tool, 1.0, gpt.rng(seed, "evaluation"), longest)
     greedy, _ = ask(model, tok, problems, tool, 0.0, None, longest)
     n = len(problems)
@@ -234,13 +235,15 @@ def wake_up(model, tok, seed):
     Pretraining did not leave them as they were. They stood in every softmax as an answer that was never
     right, so all were pushed into one direction, the same for all: their vectors are nearly one
     vector, and who cannot tell two tokens apart cannot copy either. Drawn anew like the vectors that the
-    model knows they are different again.
+    model knows they are different again. (A model that has met them since is left as it is.)
     """
     rows = torch.cat([gpt.packed_rows(tok, seed, step, 16, 64) for step in range(100)])
     seen = torch.zeros(tok.vocab_size, dtype=torch.bool)
     seen[rows.flatten()] = True
     with torch.no_grad():
         w = model.wte.weight  # (V, C)
+        if torch.nn.functional.normalize(w[~seen.to(w.device)]).mean(0).norm() < 0.9:
+            return  # not one vector any more
         known = w[seen.to(w.device)]
         noise = torch.randn(int((~seen).sum()), w.shape[1], generator=gpt.rng(seed, "wake up"))
         w[~seen.to(w.device)] = known.mean(0) + noise.to(w.device) * known.std(0)
@@ -249,7 +252,8 @@ def wake_up(model, tok, seed):
 def held_out(args, model, tok):
     """The problems of the evaluation. Exits where they and their answers do not fit the context."""
     problems = tool_task.problems(args.problems, args.seed, "test")
-    room = model.config.block_size - max(len(tok.prompt(p.text)) for p in problems)
+    others = tool_task.hostile(100, args.seed, HOSTILE)  # see attack
+    room = model.config.block_size - max(len(tok.prompt(p.text)) for p in problems + others)
     if args.max_tokens > room:
         raise SystemExit(
             f"--max_tokens {args.max_tokens}: the longest problem leaves {room} tokens of the context"
@@ -268,7 +272,7 @@ def train(args):
         steps = 0
     model = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     tok = gpt.Tokenizer(model.config.tokenizer)
-    if tok.name == "task" and not model.config.chat:
+    if tok.name == "task":
         wake_up(model, tok, args.seed)
     run = gpt.Run(args)
 
@@ -295,7 +299,8 @@ def train(args):
             return result
 
     # ---- the loop
-    lr = args.lr or 5e-3  # pretraining's and more: hundreds of tokens are new to it
+    # Pretraining's and more: hundreds of tokens are new to the tiny model. GPT-2 knows them.
+    lr = args.lr or (5e-3 if model.config.n_embd < 512 else 5e-5)
     optimizer = gpt.make_optimizer(model, lr)
     for step in run.steps(steps, model, optimizer, show=("loss",)):
         if step == steps or (step > 0 and step % args.eval_every == 0):
@@ -410,7 +415,7 @@ def parser():
     add("--batch", type=int, default=8, help="solutions a step: many small steps, as in gpt.py")
     add("--steps", type=int, help="stop after so many updates (default: all demonstrations once)")
     add("--lr", type=float, help="step size (default 5e-3, more than pretraining's: hundreds of tokens are\n"
-        "new to the model; with --rl 1e-4)")
+        "new to the model; 5e-5 from width 512 on; with --rl 1e-4)")
     add("--max_tokens", type=int, default=72, help="longer answers are cut off")
     add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
     add("--eval_every", type=int, default=1000, help="steps between evaluations")

@@ -159,9 +159,9 @@ def test_saved_scorer_comes_back(tmp_path):
     (tmp_path / "report.json").write_text("{}")
     again = gpt.load_scorer(str(tmp_path))
     assert torch.equal(gpt.final_scores(again, prompts, answers), scores)
-    # As a language model it opens too: the transformer inside.
-    ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(gpt.load_model(str(tmp_path))(ids), scorer.transformer(ids))
+    # It is no language model any more, although there is one inside.
+    with pytest.raises(SystemExit, match="cannot write"):
+        gpt.load_model(str(tmp_path))
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -435,7 +435,7 @@ def test_outside_asks_with_true_labels(tok, monkeypatch):
 
     def ask(judge):
         monkeypatch.setattr(reward_model, "pair_margins", judged_by(judge, tok))
-        return reward_model.outside(args, None, "the SFT model", tok, None)
+        return reward_model.outside(args, None, "the SFT model", None, tok, None)
 
     def truth(question, text):
         return is_right(text, known[re.sub(r"^I think it is \d+\. ", "", question)])
@@ -458,11 +458,8 @@ def test_outside_asks_with_true_labels(tok, monkeypatch):
     assert results["miscalculations"] > 0.9 and results["misreadings"] < 0.1
 
 
-@pytest.mark.parametrize(
-    "load",
-    [None, "a/chat"],
-)
-def test_distribution_shift_asks_a_policy_trained_against_this_scorer(tok, record, monkeypatch, load):
+@pytest.mark.parametrize(("load", "base"), [(None, None), ("a/chat", None), (None, "gpt2")])
+def test_distribution_shift_asks_a_policy_trained_against_this_scorer(tok, record, monkeypatch, load, base):
     scorer, made, asked = random_scorer(), [], []
 
     def made_by(script, args, minutes, flags=()):
@@ -473,14 +470,18 @@ def test_distribution_shift_asks_a_policy_trained_against_this_scorer(tok, recor
     monkeypatch.setattr(gpt, "load_model", lambda where, *rest: f"the model in {where}")
     monkeypatch.setattr(reward_model, "policy_pairs", lambda policy, *rest: asked.append(policy) or [])
     monkeypatch.setattr(reward_model, "pair_margins", judged_by(lambda question, text: 0.0, tok))
-    args = SimpleNamespace(seed=0, break_="distribution_shift", load=load, problems=500, device="cpu")
-    reward_model.outside(args, scorer, "the SFT model", tok, record)
+    args = SimpleNamespace(
+        seed=0, break_="distribution_shift", load=load, base=base, problems=500, device="cpu"
+    )
+    reward_model.outside(args, scorer, "the SFT model", load or "made/sft", tok, record)
     ((script, flags),) = made
     assert script == "grpo" and asked == ["the model in a/policy"]
     assert flags[flags.index("--rm") + 1] == str(record.folder / "model")
     assert (record.folder / "model" / "model.safetensors").is_file()
-    if load:  # the reward model comes from there: the policy must, too
-        assert flags[flags.index("--load") + 1] == load
+    # The reward model comes from there: the policy must, too. What is made by default is found by default.
+    assert (
+        flags[flags.index("--load") + 1 :] == [load or "made/sft"] if load or base else "--load" not in flags
+    )
 
 
 # --- ppo.py: numbers by hand ---
@@ -967,13 +968,14 @@ def test_evaluate_by_hand(tok, monkeypatch, scored):
 
     asked = {}
 
-    def solve(model, tok, questions, golds, temperature, generator, *rest):
-        asked.update(model=model, questions=questions, golds=golds, temperature=temperature)
+    def solve(model, tok, questions, golds, temperature, generator, longest):
+        asked.update(model=model, questions=questions, golds=golds, temperature=temperature, longest=longest)
         return answers
 
     monkeypatch.setattr(gpt, "solve", solve)
-    results, returned = grpo.evaluate(policy, ref, reward, tok, problems, 0, 25)
-    assert returned is answers and asked["model"] is policy and asked["temperature"] == 1.0
+    results, returned = grpo.evaluate(policy, ref, reward, tok, problems, 0, 25, 40)
+    assert returned is answers and asked["model"] is policy
+    assert asked["temperature"] == 1.0 and asked["longest"] == 40
     assert asked["questions"] == [p.text for p in problems] and asked["golds"] == [p.answer for p in problems]
     kl = 0.0
     for problem, a in zip(problems, answers):
@@ -1008,11 +1010,11 @@ def test_evaluate_of_the_start(tok):
     """Policy = reference: no distance, and the same samples whoever asks: evaluations at one step differ by
     the policy alone."""
     model, problems = task_model(tok, 2), task.problems(5, 0, "test")
-    results, answers = ppo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 0)
+    results, answers = ppo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 0, 48)
     assert results["test_kl"] == 0 and results["test_sqrt_kl"] == 0
-    again, _ = grpo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 0)
+    again, _ = grpo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 0, 48)
     assert again == results
-    _, other = ppo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 25)
+    _, other = ppo.evaluate(model, model, grpo.checker_reward, tok, problems, 7, 25, 48)
     assert [a.ids for a in answers] != [a.ids for a in other]
 
 

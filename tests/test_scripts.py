@@ -1401,6 +1401,12 @@ WRONG = [
     ("ppo", "--load {chat} --rm {rm} --lam 2", "--lam"),
     ("ppo", "--load {chat} --rm {rm} --target_kl -1", "--target_kl"),
     ("ppo", "--load {chat} --rm {tmp}/two_labels_rm", "two_labels_rm"),
+    ("ppo", "--load {chat} --rm {tmp}/gpt2_rm", "tokenizer"),  # ids of another vocabulary are other words
+    ("grpo", "--load {chat} --rm {tmp}/gpt2_rm", "tokenizer"),
+    ("grpo", "--load {rm} --rm {rm}", "cannot write"),
+    ("ppo", "--load {chat} --rm {rm} --problems 1", "--problems"),
+    ("grpo", "--load {chat} --rm {rm} --problems 1", "--problems"),
+    ("ppo", "--load {chat} --rm {rm} --beta 0 --target_kl 6", "--target_kl"),
     # --- reasoning.py
     ("reasoning", "--load {tmp}/nothing", "nothing"),
     ("reasoning", "--n 0", "--n"),
@@ -1408,6 +1414,10 @@ WRONG = [
     ("reasoning", "--load {chat} --max_tokens 100", "context"),
     ("reasoning", "--load {chat} --level word", "--level"),
     ("reasoning", "--break no_cot --load {chat}", "no_cot"),
+    ("reasoning", "--load {chat} --n 12", "--n"),
+    ("reasoning", "--load {rm}", "cannot write"),
+    ("reasoning", "--data gsm8k", "gsm8k"),
+    ("reasoning", "--data {tmp}/models.jsonl", "models.jsonl, line 2"),
     ("reasoning", "--data {tmp}/missing.jsonl", "missing.jsonl"),
     ("reasoning", "--data {tmp}/bad.jsonl", "bad.jsonl, line 2"),
     # --- tools.py
@@ -1457,8 +1467,14 @@ def wrong_files(tmp_path_factory, base, judge):
     config = json.loads((tmp / "wrongshape" / "config.json").read_text())
     (tmp / "wrongshape" / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
 
-    for name in ("notjson_rm", "truncated_rm", "two_labels_rm"):
+    published = {"question": "?", "ground_truth": "A: 18"}
+    entry = {"solution": "A: 17", "is_correct": False}
+    write("models.jsonl", [published | {"one": entry}, published | {"other": entry}])
+
+    for name in ("notjson_rm", "truncated_rm", "two_labels_rm", "gpt2_rm"):
         shutil.copytree(judge.model, tmp / name)
+    config = json.loads((tmp / "gpt2_rm" / "config.json").read_text())
+    (tmp / "gpt2_rm" / "config.json").write_text(json.dumps(config | {"tokenizer": "gpt2"}))
     (tmp / "notjson_rm" / "config.json").write_text("{")
     weights = (tmp / "truncated_rm" / "model.safetensors").read_bytes()
     (tmp / "truncated_rm" / "model.safetensors").write_bytes(weights[: len(weights) // 2])

@@ -447,6 +447,27 @@ def test_audit_by_hand():
                                    "errors": 2 / 3, "recovered": 1 / 2})  # fmt: skip
 
 
+# --- tokens that the base model has never met ---
+
+
+def test_wake_up_draws_only_what_was_asleep():
+    """Vectors that training has pushed into one direction are drawn anew, the others stay; a model in which
+    they are different already is left alone, or a second fine-tuning would undo the first."""
+    model = gpt.GPT(gpt.GPTConfig(TOK.vocab_size, 128, 1, 4, 32))
+    rows = torch.cat([gpt.packed_rows(TOK, 5, step, 16, 64) for step in range(100)])
+    seen = torch.zeros(TOK.vocab_size, dtype=torch.bool)
+    seen[rows.flatten()] = True
+    with torch.no_grad():
+        model.wte.weight[~seen] = torch.ones(32) + 0.01 * torch.randn(int((~seen).sum()), 32)
+    asleep = model.wte.weight.detach().clone()
+    tools.wake_up(model, TOK, 5)
+    awake = model.wte.weight.detach().clone()
+    assert torch.equal(awake[seen], asleep[seen]) and (awake[~seen] != asleep[~seen]).all()
+    assert torch.nn.functional.cosine_similarity(awake[~seen][0], awake[~seen][1:]).mean().abs() < 0.3
+    tools.wake_up(model, TOK, 5)
+    assert torch.equal(model.wte.weight, awake)
+
+
 # --- two writers ---
 
 
