@@ -988,6 +988,9 @@ def made_by(script, args, minutes, flags=()):
             flush=True,
         )
         module.main(argv + ["--device", args.device] + (["--resume"] if args.resume else []))
+    elif run.report["config"].get("code") != run.config["code"]:
+        # Not made anew unasked: that would take minutes, and may be for a comment.
+        print(f"{run.folder} is from before the code changed; move it away to have it made anew")
     return str(run.folder / "model")
 
 

@@ -371,8 +371,10 @@ def main(argv=None):
         return
     if args.break_ != "reward_hacking" and args.max_steps == 10:
         argv = [*argv, "--max_steps", str(BREAK_STEPS)]
-    if args.break_ in ("format_reward", "length_norm"):
+    if args.break_ in ("format_reward", "length_norm") and args.reward == "learned":
         argv = [*argv, "--reward", "checker"]  # what is broken here is broken with a true reward as well
+    if (args.break_ == "no_kl" and not args.beta) or (args.break_ == "length_norm" and args.loss == "grpo"):
+        raise SystemExit(f"--break {args.break_}: with these flags the clean run is broken already")
     args = gpt.parse("grpo", parser(), argv, BREAKS)
     clean, broken = gpt.clean_and_broken(train, args)
     C, B = clean.report, broken.report

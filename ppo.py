@@ -386,6 +386,8 @@ def main(argv=None):
     if args.break_ is None:
         gpt.run_once(train, args, reuse=args.resume)
         return
+    if args.break_ == "no_kl" and not args.beta:
+        raise SystemExit("--break no_kl: with these flags the clean run is broken already")
     if args.break_ != "reward_hacking" and args.max_steps == 10:
         argv = [*argv, "--max_steps", str(BREAK_STEPS)]
     args = gpt.parse("ppo", parser(), argv, BREAKS)

@@ -952,6 +952,12 @@ def test_missing_base_is_made(run, tmp_path):
     job = run(tmp_path, "chain", *TINY["sft"], "--lr", "1e-3", repo=tmp_path)
     assert "is missing" not in job.out
     assert (tmp_path / "runs" / "base" / "report.json").read_bytes() == report
+    assert "before the code changed" not in job.out
+    # One that other code has made is used, and the reader is told.
+    old = report.replace(json.loads(report)["config"]["code"].encode(), b"another")
+    (tmp_path / "runs" / "base" / "report.json").write_bytes(old)
+    job = run(tmp_path, "chain", *TINY["sft"], "--lr", "2e-3", repo=tmp_path)
+    assert "runs/base is from before the code changed" in job.out
     job = run(tmp_path, "chain", *TINY["sft"], "--seed", "3", repo=tmp_path)
     assert "runs/base-seed=3 is missing. Making it with `python gpt.py --seed 3`" in job.out
     assert (tmp_path / "runs" / "base-seed=3" / "report.json").is_file()
@@ -1407,6 +1413,9 @@ WRONG = [
     ("ppo", "--load {chat} --rm {rm} --problems 1", "--problems"),
     ("grpo", "--load {chat} --rm {rm} --problems 1", "--problems"),
     ("ppo", "--load {chat} --rm {rm} --beta 0 --target_kl 6", "--target_kl"),
+    ("ppo", "--load {chat} --rm {rm} --beta 0 --break no_kl", "no_kl"),
+    ("grpo", "--load {chat} --rm {rm} --beta 0 --break no_kl", "no_kl"),
+    ("grpo", "--load {chat} --loss grpo --break length_norm", "length_norm"),
     # --- reasoning.py
     ("reasoning", "--load {tmp}/nothing", "nothing"),
     ("reasoning", "--n 0", "--n"),
