@@ -24,8 +24,8 @@ worse. (Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5)
 
     reward_hacking  max_steps x 100, and nothing else. The reward climbs on; right answers rise, peak, fall.
     no_kl           beta = 0. Farther from the reference, a higher reward, fewer right answers.
-    format_reward   a bonus for every calculation shown, on top of the exact checker. It is
-                    easier to earn than a right answer.
+    format_reward   a bonus for every calculation shown, on top of the exact checker. It is easier to earn
+                    than a right answer, and bought with right answers (few of them here: see README).
     k1_kl_loss      the leash as the mean of log pi - log pi_ref, an unbiased estimate of the KL divergence.
                     As a *reward* that works. A *loss* is differentiated, and the expected gradient of
                     this one is zero (k3's is that of KL(pi_ref || pi)): no leash at all.
