@@ -1,10 +1,10 @@
 """The tool task: the same stories with numbers that are too large to work out in one's head.
 
-    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #pu()/m47. How many coins does Leo have?
+    Leo has 140 eggs. Leo sells 14. Leo sells the eggs #pu()/ra. How many coins does Leo have?
 
     <<140-14=126>>126
     <<pu()=?key>>
-    <<m47=12>>12
+    <<ra=12>>12
     <<126*12=1512>>1512
     #### 1512
 
@@ -29,9 +29,9 @@ from data import task
 from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
-PRICED = 0.5  # of the problems end in the shop
-# New labels are two of these, a token each. With four it was a matter of luck whether a model learned to copy
-# them in the time there is (README, the log).
+PRICED = 2 / 3  # of the problems end in the shop: labels are the hardest to learn
+# A label is two of these, a token each. With four, or with numbers, it was a matter of luck whether a model
+# learned to copy them in the time there is (README, the log).
 PIECES = ["a", "in", "o", "p", "r", "s", "t", "u"]
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
 
@@ -77,8 +77,9 @@ def make_problem(rng):
         if priced:
             if items == "coins":  # what the shop pays with
                 continue
-            first, second = "".join(rng.sample(PIECES, 2)), f"m{rng.randint(1, 199)}"
-            if hasattr(builtins, first) or keyword.iskeyword(first):  # "int": none is hostile by chance
+            first, second = ("".join(rng.sample(PIECES, 2)) for _ in range(2))
+            known = [hasattr(builtins, word) or keyword.iskeyword(word) for word in (first, second)]
+            if any(known) or first == second:  # "int": none is hostile by chance
                 continue
             prices = {second: rng.randint(2, 40)}
             luck = rng.random()

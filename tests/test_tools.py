@@ -376,7 +376,7 @@ def test_demonstrations_are_right_and_replay():
 def test_prices_cannot_be_read_off_the_question():
     """The same question with another price list has another answer: looking up is the only way."""
     some = [p for p in tool_task.problems(2000, 4) if p.labels]
-    assert 0.4 < len(some) / 2000 < 0.6
+    assert 0.6 < len(some) / 2000 < 0.73
     assert len({tuple(sorted(p.prices.values())) for p in some}) > 100
     unknown = [p for p in some if p.labels[0] not in p.prices]
     assert 0.6 < len(unknown) / len(some) < 0.73
@@ -391,14 +391,19 @@ def test_words_on_labels():
     """Always two tokens before the brackets, so that a hostile one is no longer than what is learned; and
     no word that Python knows."""
     some = [p for p in tool_task.problems(3000, 4) if p.labels]
-    words = [p.labels[0] for p in some]
-    assert len(set(words)) > 90 and tools.HOSTILE not in words and "int" not in words
+    words = [label for p in some for label in p.labels]
+    assert (
+        len(set(words)) > 90
+        and all(len(set(p.labels)) == 2 for p in some)
+        and tools.HOSTILE not in words
+        and "int" not in words
+    )
     for word in [*words, tools.HOSTILE]:
         brackets = word.endswith("()")
         assert len(TOK.encode(f"#{word}/m3")) == (8 if brackets else 6)
         assert tool_task.answer_call(word, {"m3": 5}) == "?key"
         assert word == tools.HOSTILE or tools.eval_call(word, {"m3": 5}) == "?key"
-    assert 0.27 < sum("(" in word for word in words) / len(words) < 0.4
+    assert 0.27 < sum("(" in p.labels[0] for p in some) / len(some) < 0.4
     assert not any("(" in p.labels[0] and p.labels[0] in p.prices for p in some)
 
 
