@@ -65,13 +65,14 @@ def make_problem(rng):
         priced = rng.random() < PRICED
         start = rng.randint(*START)
         events = []
-        for _ in range(1 if priced else rng.choice([2, 3])):
+        # Where nothing happens before the sale, a label is the first thing to write: easy, and learned first.
+        for _ in range(rng.choice([0, 1] if priced else [2, 3])):
             kind = rng.choice(["gain", "gain", "lose", "lose", "double", "triple", "half"])
             events.append((kind, rng.randint(*OPERAND) if kind in ("gain", "lose") else 0))
         worked = work(start, task.read_events(events))
         if worked is None:
             continue
-        answer, labels, prices = worked[-1][-1], (), {}
+        answer, labels, prices = worked[-1][-1] if worked else start, (), {}
         story = task.tell(start, events, rng, ask=False)
         name, _, _, items = story.split(".")[0].split()
         if priced:
@@ -143,13 +144,14 @@ def demonstrate(problem, calls=True):
             lines.append(f"{expression}={result}")
         return result
 
-    worked = work(problem.start, task.read_events(problem.events))
-    for left, op, number, _ in worked:
-        say(f"{left}{op}{number}")
+    left = problem.start
+    for before, op, number, result in work(problem.start, task.read_events(problem.events)):
+        say(f"{before}{op}{number}")
+        left = result
     for label in problem.labels:
         price = say(label)
         if price != "?key":
-            say(f"{worked[-1][-1]}*{price}")
+            say(f"{left}*{price}")
             break
     return "\n".join(lines) + f"\n#### {problem.answer}"
 
