@@ -30,8 +30,8 @@ from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
 PRICED = 2 / 3  # of the problems end in the shop: labels are the hardest to learn
-# A label is two of these, a token each. With four, or with numbers, it was a matter of luck whether a model
-# learned to copy them in the time there is (README, the log).
+# A label is two of these, a token each. With four it was a matter of luck whether a model learned to copy
+# them in the time there is (README, the log).
 PIECES = ["a", "in", "o", "p", "r", "s", "t", "u"]
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
 
