@@ -108,8 +108,8 @@ def test_length_bias(folder):
 
 
 def test_sycophancy(folder):
-    """A hint at the wrong answer costs the right one pairs. How many depends on whether the model learns in its
-    time to compare hint and answer (README): the verdict may be either, if it is what the numbers say."""
+    """A hint at the wrong answer costs the right one pairs. How many depends on whether the model learns in
+    its time to compare hint and answer (README): the verdict may be either, if the numbers say so."""
     clean, broken, printed = report_of(folder, "reward_model", "sycophancy")
     assert broken["resists_a_hint"] < clean["resists_a_hint"] - 0.1
     assert ("NOT reproduced" in printed) is not broken["reproduced"]
