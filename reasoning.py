@@ -473,7 +473,7 @@ def draw_no_cot(path, runs):
         right.set(title="outside: right answers", xlabel="N answers", ylim=(0, 1.02))
         log_axis(right, sizes)
         left.legend()
-        right.legend(fontsize=7, loc=(0.52, 0.24))  # where no line passes
+        right.legend(fontsize=6, loc=(0.47, 0.22))  # where no line passes
 
     figure(path, draw)
 

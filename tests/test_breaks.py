@@ -202,6 +202,14 @@ def test_hallucinated_result(folder):
     assert ("NOT reproduced" in printed) is not broken["reproduced"]
 
 
+def test_unmasked_result(folder):
+    """What the tool says is learned at the expense of the rest, although the tool goes on saying it."""
+    clean, broken, printed = report_of(folder, "tools", "unmasked_result")
+    assert broken["loss"] > clean["loss"] + 0.1 and broken["wrong_results"] == 0
+    assert broken["right_sampled"] < clean["right_sampled"]
+    assert ("NOT reproduced" in printed) is not broken["reproduced"]
+
+
 def test_with_and_without_the_tool(folder):
     """What the chapter is about: 40 points between the model with its tool and the control."""
     command = [sys.executable, str(REPO / "tools.py"), "--seed", str(SEED), "--resume"]
