@@ -36,14 +36,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
     args = parser.parse_args()
-    print("| | right at the start | best | at the end | KL at the end | seconds | peak GB | needed |")
+    print("| | right at the start | at the peak (other half) | at the end | KL at the end | seconds | peak GB | needed |")
     print("|---|---|---|---|---|---|---|---|")
     for script, (flags, needed) in RUNS.items():
         found = [report(script, flags, seed) for seed in args.seeds]
         if script == "dpo":
             keys = ("right_sampled_sft", None, "right_sampled", "kl", "seconds", "peak_gb")
         else:
-            keys = ("start_gold", "peak_gold", "end_gold", "kl", "seconds", "peak_gb")
+            keys = ("start_gold", "peak_gold_b", "end_gold", "kl", "seconds", "peak_gb")
         cells = []
         for key in keys:
             values = [r[key] for r in found] if key else []
