@@ -36,7 +36,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
     args = parser.parse_args()
-    print("| | right at the start | at the peak (other half) | at the end | KL at the end | seconds | peak GB | needed |")
+    print("| | right at the start | at the peak, other half | at the end | KL at the end", end=" ")
+    print("| seconds | peak GB | needed |")
     print("|---|---|---|---|---|---|---|---|")
     for script, (flags, needed) in RUNS.items():
         found = [report(script, flags, seed) for seed in args.seeds]
