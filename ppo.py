@@ -32,8 +32,8 @@ weights. (InstructGPT's was a second transformer, a copy of the reward model.)
     no_kl           beta = 0. Farther from the reference, a higher reward, fewer right answers.
     sign_flip       the reward model gives costs since a refactor, and the minus sign on this side is lost.
                     The curve that is plotted climbs; the answers stay fluent, and are as wrong as the
-                    leash allows. (Ziegler et al. 2019, section 4.4: with the leash's sign lost as well it
-                    would have been noise.)
+                    leash allows. (Ziegler et al. 2019, section 4.4: their bug, too, left the leash in force.
+                    Where that is turned around as well nothing is fluent: README, the log.)
 
 How to read the log. `reward` is the score alone, `kl` the mean over answers of log pi - log pi_ref (an
 estimate: over one batch it can come out below 0, and that is not a bug). `explained_variance` near 1: the

@@ -242,11 +242,12 @@ def wake_up(model, tok, seed):
     seen[rows.flatten()] = True
     with torch.no_grad():
         w = model.wte.weight  # (V, C)
-        if torch.nn.functional.normalize(w[~seen.to(w.device)]).mean(0).norm() < 0.9:
+        seen = seen.to(w.device)
+        if torch.nn.functional.normalize(w[~seen]).mean(0).norm() < 0.9:
             return  # not one vector any more
-        known = w[seen.to(w.device)]
+        known = w[seen]
         noise = torch.randn(int((~seen).sum()), w.shape[1], generator=gpt.rng(seed, "wake up"))
-        w[~seen.to(w.device)] = known.mean(0) + noise.to(w.device) * known.std(0)
+        w[~seen] = known.mean(0) + noise.to(w.device) * known.std(0)
 
 
 def held_out(args, model, tok):

@@ -79,8 +79,8 @@ def make_problem(rng):
             if items == "coins":  # what the shop pays with
                 continue
             first, second = ("".join(rng.sample(PIECES, 2)) for _ in range(2))
-            known = [hasattr(builtins, word) or keyword.iskeyword(word) for word in (first, second)]
-            if any(known) or first == second:  # "int": none is hostile by chance
+            taken = any(hasattr(builtins, word) or keyword.iskeyword(word) for word in (first, second))
+            if taken or first == second:  # "int": none is hostile by chance
                 continue
             prices = {second: rng.randint(2, 40)}
             luck = rng.random()

@@ -35,7 +35,7 @@ def print_curves(curves):
     print("\n| n | " + " | ".join(str(m["n"]) for m in curves[0]) + " |")
     print("|---" * (len(curves[0]) + 1) + "|")
     for key in curves[0][0]:
-        if key not in ("n", "step", "time"):
+        if key not in ("n", "step"):
             means = [sum(m[key] for m in column) / len(column) for column in zip(*curves)]
             print(f"| {key} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
 
