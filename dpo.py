@@ -1,34 +1,50 @@
-"""Direct preference optimization: how do two solutions and a verdict become a better model?
+"""Direct preference optimization: how do labelled pairs of answers become a better model?
 
     python dpo.py                                       the SFT model learns from preferences
-    python dpo.py --break flip_labels                   ... from the same ones, chosen and rejected swapped
+    python dpo.py --break flip_labels                   ... from the same pairs, chosen and rejected swapped
     python dpo.py --loss ipo                            or cdpo, robust, kto, orpo, simpo
-    python dpo.py --data ultrafeedback/train.jsonl      real preferences (see README)
+    python dpo.py --data ultrafeedback/train.jsonl      real preferences
 
-Reinforcement learning from preferences fits a reward model r and then maximises r - beta KL(pi || ref).
-The optimum of that is known in closed form, pi(y|x) ~ ref(y|x) exp(r(x,y) / beta). Solved for r and put
-into the Bradley-Terry likelihood of the verdicts, the reward model drops out (Rafailov et al. 2023, eq. 7):
+The SFT model is a base model that was fine-tuned on demonstrations (sft.py). A copy of it, pi, is trained here; it
+is called the *policy*. Another copy, ref, stays frozen; it is the *reference model*. Reinforcement learning from
+preferences fits a reward model r and then maximizes r - beta KL(pi || ref), where KL(pi || ref) measures how far pi
+has moved from ref. The optimum is known: pi(y|x) is proportional to ref(y|x) exp(r(x,y) / beta). Solved for r,
 
-    L = - log sigmoid( beta [ log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x) ] )
+    r(x,y) = beta log( pi(y|x) / ref(y|x) )  +  a constant that depends on x only
 
-One classification loss: y_w is the chosen answer, y_l the rejected, ref the frozen SFT model, and
-beta log pi/ref the *implicit reward*. Nothing in it knows what "good" means, as the breaks show:
+In the Bradley-Terry model of preferences, y_w is preferred to y_l with probability sigmoid(r(x,y_w) - r(x,y_l)).
+The constant cancels in the difference, so no reward model is needed. The loss of one pair, with y_w the chosen and
+y_l the rejected answer, is (Rafailov et al. 2023, eq. 7)
 
-    flip_labels              chosen and rejected swapped in every pair. Loss, gradient norm, margin and
-                             accuracy on its own labels look as good as in the clean run. The answers are
-                             wrong.
-    likelihood_displacement  the rejected answer is the chosen one with its first result off by one, and the
-                             leash is as weak as in low_beta. The chosen answer itself becomes less likely.
-                             (Razin et al. 2024; Pal et al. 2024: worst at low edit distance)
-    label_noise              30 % of the labels swapped. This one the dashboard does show: the loss stays
-                             high.
-    low_beta                 a weak leash: pairs are ranked nearly as well, while the model drifts
-                             away and its answers get worse. (Rafailov et al. 2024)
+    L = - log sigmoid( beta [ log( pi(y_w|x) / ref(y_w|x) ) - log( pi(y_l|x) / ref(y_l|x) ) ] )
 
-How to read the log. The loss starts at log 2 = .693 exactly: policy and reference are the same model.
-`margin` is the mean difference of implicit rewards. Falling chosen rewards are normal and no bug: the loss
-knows differences only, and lowering both sides is one way to widen them. What matters
-is the outside evaluation: answers checked on held-out problems, every few steps.
+This is a classification loss. beta log( pi(y|x) / ref(y|x) ) is called the *implicit reward* of an answer, and the
+difference of the two implicit rewards is the *margin*. The loss knows which answer was labelled as chosen, and not
+whether it is good. `--break NAME` trains with a deliberate mistake beside the clean run, the run without it:
+
+    flip_labels              Chosen and rejected are swapped in every pair. Loss, margin, and accuracy measured with the
+                             swapped labels look as good as in the clean run. The answers are wrong.
+    label_noise              30 % of the labels are swapped. The loss stays high, so the mistake can be seen in the log.
+    low_beta                 beta / 10. Pairs are ranked nearly as well as with the full beta, but the model moves far
+                             from the reference, and its answers get worse. (Rafailov et al. 2024)
+    likelihood_displacement  beta / 10, and the rejected answer is the chosen one with the first number after "="
+                             changed by one. The chosen answer becomes less likely together with the rejected one.
+                             (Razin et al. 2024; Pal et al. 2024: worst when the two answers differ in few tokens)
+
+How to read the log:
+- `loss` starts at log 2 = .693 with --loss dpo, cdpo and robust, because policy and reference have the same weights.
+- `reward_chosen`, `reward_rejected`, `margin`: means over the batch. Both rewards may fall, since the loss depends
+  only on their difference. That is a problem only if `accuracy_sampled` falls too.
+- `pair_accuracy`: the fraction of the batch in which the chosen answer has the higher implicit reward, by the labels
+  that are trained on. At step 0 it is rounding noise, because all margins are 0.
+- `held_out_accuracy`: the same on pairs that are not trained on, with true labels. At step 0 all margins are 0, which
+  counts as wrong, so it is 0.000. Later, .5 is chance, and a value near 0 means that the labels are swapped.
+- `grad_norm`: the gradient norm before it is clipped at 1. `logp_chosen`, `logp_rejected`: mean log-probabilities in
+  nats (natural logarithm).
+- `accuracy_sampled`, `accuracy_greedy`: the fraction of correct answers to held-out problems, sampled at temperature 1
+  and decoded greedily. This is the external evaluation, and what matters. `kl`: KL(pi || ref) of the sampled answers.
+- Before training, the script prints how often the reference gives the chosen answer the higher log-probability. On the
+  built-in task it does so in most pairs, so swapped labels can be seen there. On real preferences it says little.
 """
 
 import argparse
@@ -39,83 +55,68 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data import public, task
-
-BREAKS = {
-    "flip_labels": "chosen and rejected swapped: the same dashboard, wrong answers",
-    "likelihood_displacement": "answers one number apart: margin up, chosen answers less likely",
-    "label_noise": "30 % of the labels swapped: the loss shows it",
-    "low_beta": "beta / 10: pairs ranked nearly as well, answers worse",
-}
+from data import breaks, lessons, report, runs
 
 # ---------------------------------------------------------------------------------------------
-# The losses: pure functions of log-probabilities. All arguments are tensors (B,), in nats; the result is a
-# scalar. Where nothing else is said, a log-probability is the *sum* over the tokens of an
-# answer, end token included. A mean would be another loss: it forgets how long the answers are.
+# The losses: pure functions of log-probabilities. All arguments are tensors (B,) in nats; the result is a scalar.
+# Unless said otherwise, a log-probability is the *sum* over the tokens of an answer with its end token. With the
+# mean per token the loss is another one, in which length does not count.
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """Rafailov et al. 2023, eq. 7. At policy = reference: log 2, gradients -+ beta/2."""
+    """Rafailov et al. 2023, eq. 7. At policy = reference the loss is log 2. For one pair the gradient is -beta/2 in
+    the chosen log-probability and +beta/2 in the rejected one."""
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
-    # logsigmoid, not log(sigmoid()): the latter is -inf from -104 on in float32.
+    # logsigmoid, not log(sigmoid()): the latter is -inf for very negative margins.
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios)).mean()
 
 
-def cdpo_loss(
-    policy_chosen_logps,
-    policy_rejected_logps,
-    ref_chosen_logps,
-    ref_rejected_logps,
-    beta=0.1,
-    noise=0.1,
-):
-    """Conservative DPO (Mitchell 2023): the label is right with probability 1 - noise. The minimum lies at
-    the finite margin log((1-noise)/noise), so confidence stops growing there."""
+def cdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1,
+              noise=0.1):  # fmt: skip
+    """Conservative DPO (Mitchell 2023): a label is correct with probability 1 - noise. The loss is smallest at the
+    margin log((1-noise)/noise); beyond it the loss rises again."""
     h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
     return (-(1 - noise) * F.logsigmoid(beta * h) - noise * F.logsigmoid(-beta * h)).mean()
 
 
-def robust_loss(
-    policy_chosen_logps,
-    policy_rejected_logps,
-    ref_chosen_logps,
-    ref_rejected_logps,
-    beta=0.1,
-    noise=0.1,
-):
-    """Robust DPO (Chowdhury et al. 2024): unbiased. Its mean over noisy labels is DPO on clean ones."""
+def robust_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1,
+                noise=0.1):  # fmt: skip
+    """Robust DPO (Chowdhury et al. 2024). If `noise` is the true fraction of wrong labels, its expectation over noisy
+    labels is the DPO loss on clean labels."""
     h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
     right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     return (((1 - noise) * right - noise * wrong) / (1 - 2 * noise)).mean()
 
 
 def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """IPO (Azar et al. 2023, eq. 17): regress the margin to 1/(2 beta) instead of pushing it to infinity.
-    Takes *mean* log-probabilities a token: the paper's authors confirmed that for TRL (trl issue 1677)."""
+    """IPO (Azar et al. 2023, eq. 17): pulls h, the difference of the log-ratios without beta, to 1/(2 beta) instead
+    of to infinity. Takes *mean* log-probabilities per token (as the paper's authors confirmed to the library TRL,
+    issue 1677)."""
     h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
     return ((h - 1 / (2 * beta)) ** 2).mean()
 
 
 def kto_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, kl, beta=0.1):
-    """KTO (Ethayarajh et al. 2024, eq. 8): each answer is judged alone, against a reference point. kl: the
-    reference point z0 >= 0, a scalar without gradient, an estimate of KL(policy || ref)."""
+    """KTO (Ethayarajh et al. 2024, eq. 8): each answer is compared with a reference point instead of with the other
+    answer. kl: the reference point z0 >= 0, a scalar without gradient, an estimate of KL(policy || ref)."""
     chosen = 1 - torch.sigmoid(beta * (policy_chosen_logps - ref_chosen_logps - kl))
     rejected = 1 - torch.sigmoid(beta * (kl - (policy_rejected_logps - ref_rejected_logps)))
     return torch.cat([chosen, rejected]).mean()
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, gamma=0.5):
-    """SimPO (Meng et al. 2024, eq. 6): no reference. Takes *mean* log-probabilities a token, so that length
-    does not count; gamma is the margin that the chosen answer must win by."""
+    """SimPO (Meng et al. 2024, eq. 6): no reference. Takes *mean* log-probabilities per token, so that length does
+    not count. gamma is the margin by which the chosen answer should win."""
     return -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps) - gamma).mean()
 
 
 def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1):
-    """ORPO (Hong et al. 2024, eq. 6-7): no reference; SFT on the chosen answer plus a log odds ratio.
-    Takes *mean* log-probabilities a token."""
+    """ORPO (Hong et al. 2024, eq. 6-7): no reference; SFT on the chosen answer, plus -beta log sigmoid of
+    the log odds ratio. Takes *mean*
+    log-probabilities per token."""
 
-    def log1mexp(x):  # log(1 - e^x) for x < 0, exact near both ends (Maechler 2012)
+    def log1mexp(x):  # log(1 - e^x) for x < 0, accurate near both ends (Maechler 2012)
         x = x.clamp(max=-1e-6)
         return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
@@ -125,19 +126,44 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1):
     return (-policy_chosen_logps - beta * F.logsigmoid(log_odds)).mean()
 
 
-PER_TOKEN = ("ipo", "simpo", "orpo")  # these take means over tokens, the others sums
-# The strength of the leash. 0.1 is the usual choice for a large model and long answers. The tiny model moves
-# a long way in each of its large steps, and needs a shorter one: see --break low_beta.
+PER_TOKEN = ("ipo", "simpo", "orpo")  # these take means per token, the others sums
+# beta is the weight of the KL penalty (in simpo a scale, in orpo the weight of the odds-ratio term). 0.1 is usual
+# for a large model and long answers. The tiny model is trained with a larger learning rate and would move too far
+# from the reference: see --break low_beta.
 REAL_BETA = dict.fromkeys(("dpo", "cdpo", "robust", "ipo", "kto", "orpo"), 0.1) | {"simpo": 2.0}
 BETA = dict.fromkeys(("dpo", "cdpo", "robust", "kto", "orpo"), 0.5) | {"ipo": 0.1, "simpo": 2.0}
 
+
+def preference_loss(args, beta, logps, ref_logps, lengths, kl):
+    """The loss named by --loss: a scalar. logps, ref_logps, lengths: (2B,), all chosen, then all rejected. kl:
+    see kto_loss."""
+    if args.loss in PER_TOKEN:
+        logps, ref_logps = logps / lengths, ref_logps / lengths
+    pc, pr = logps.chunk(2)  # policy, chosen and rejected: (B,) each
+    rc, rr = ref_logps.chunk(2)
+    if args.loss == "cdpo":
+        return cdpo_loss(pc, pr, rc, rr, beta, args.noise)
+    if args.loss == "robust":
+        return robust_loss(pc, pr, rc, rr, beta, args.noise)
+    if args.loss == "ipo":
+        return ipo_loss(pc, pr, rc, rr, beta)
+    if args.loss == "kto":
+        return kto_loss(pc, pr, rc, rr, kl, beta)
+    if args.loss == "simpo":
+        return simpo_loss(pc, pr, beta)
+    if args.loss == "orpo":
+        return orpo_loss(pc, pr, beta)
+    return dpo_loss(pc, pr, rc, rr, beta)
+
+
 # ---------------------------------------------------------------------------------------------
+# Log-probabilities of pairs
 
 
 def pair_logps(model, prompts, chosen, rejected):
-    """Summed log-probabilities (2B,) of chosen, then rejected, and their lengths in tokens (2B,).
+    """Summed log-probabilities (2B,), all chosen, then all rejected, and their lengths in tokens (2B,).
 
-    One forward pass for both sides, which stand side by side in it: their prompt is computed once.
+    One forward pass for both sides. The two answers of a pair share one row, so their prompt is computed once.
     """
     both = [side for pair in zip(chosen, rejected) for side in pair]
     logps, mask = gpt.completion_logps(model, [p for p in prompts for _ in range(2)], both)
@@ -145,9 +171,37 @@ def pair_logps(model, prompts, chosen, rejected):
     return tuple(x.sum(1).view(-1, 2).t().flatten() for x in (logps, mask))
 
 
+@torch.no_grad()
+def all_pair_logps(model, encoded, batch):
+    """(P, 2) log-probabilities of chosen and rejected of all P pairs (prompt ids, chosen ids, rejected ids)."""
+    rows = []
+    for i in range(0, len(encoded), batch):
+        logps, _ = pair_logps(model, *map(list, zip(*encoded[i : i + batch])))
+        rows.append(logps.view(2, -1).t())  # (2B,) -> (B, 2)
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def pair_accuracy(model, encoded, ref_logps, batch):
+    """Fraction of pairs in which the chosen answer has the higher implicit reward."""
+    h = all_pair_logps(model, encoded, batch) - ref_logps  # (P, 2): log pi/ref
+    return (h[:, 0] > h[:, 1]).float().mean().item()
+
+
+@torch.no_grad()
+def kto_kl(policy, ref, prompts, answers):
+    """KTO's kl: the mean of log pi/ref on answers that do not belong to the prompt (each prompt with its
+    neighbour's answer), so that it measures a general shift and not what the pair teaches. A scalar >= 0."""
+    others = answers[1:] + answers[:1]
+    # A long prompt with a neighbour's long answer may not fit the context: cut the answer, this is an estimate.
+    others = [a[: policy.config.block_size - len(p)] for p, a in zip(prompts, others)]
+    logps = [gpt.completion_logps(model, prompts, others)[0].sum(1) for model in (policy, ref)]
+    return (logps[0] - logps[1]).mean().clamp(min=0)
+
+
 def slip_once(text, rng):
     """Change the first result by one and nothing else: "8*3=24. 24-4=20." -> "8*3=25. 24-4=20."
-    None where there is no result to change."""
+    None if there is no result to change."""
     first = re.search(r"=(\d{1,9})", text)
     if first is None:
         return None
@@ -156,179 +210,118 @@ def slip_once(text, rng):
     return f"{text[: first.start()]}={wrong}{text[first.end() :]}"
 
 
-@torch.no_grad()
-def reference_logps(ref, encoded, batch):
-    """(N, 2) log-probabilities of chosen and rejected under the frozen model, computed once."""
-    rows = []
-    for i in range(0, len(encoded), batch):
-        logps, _ = pair_logps(ref, *map(list, zip(*encoded[i : i + batch])))
-        rows.append(logps.view(2, -1).t())  # (2B,) -> (B, 2)
-    return torch.cat(rows)
+# ---------------------------------------------------------------------------------------------
+# Training
 
 
-@torch.no_grad()
-def pair_accuracy(model, encoded, ref_logps, batch):
-    """Share of pairs whose implicit reward is higher on the chosen side."""
-    h = reference_logps(model, encoded, batch) - ref_logps  # (N, 2): log pi/ref
-    return (h[:, 0] > h[:, 1]).float().mean().item()
+def swap(pair):
+    return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
 
 
-@torch.no_grad()
-def sampled_kl(model, ref, prompts, completions, batch=250):
-    """KL(policy || reference) per answer in nats: the mean of log pi/ref over the policy's own samples.
-    An estimate: over few samples it can come out below 0."""
-    total = 0.0
-    for i in range(0, len(prompts), batch):
-        some = prompts[i : i + batch], completions[i : i + batch]
-        total += (gpt.completion_logps(model, *some)[0] - gpt.completion_logps(ref, *some)[0]).sum().item()
-    return total / len(prompts)
-
-
-def train(args):
-    """One run, from the SFT model to the report. Returns its gpt.Run."""
-    # ---- policy and reference: the same model twice, one of them frozen
-    flags = ["--data", args.data] if args.data else []
-    # Random weights on real text: a few steps teach as much of a format as they will ever have.
-    flags += ["--load", args.base] if args.base else ["--batch", "8", "--steps", "40"] if args.data else []
-    where = args.load or gpt.made_by("sft", args, "a minute or more", flags)
-    policy = gpt.load_model(where, args.device, args.dtype == "bfloat16")
-    ref = gpt.load_model(where, args.device, args.dtype == "bfloat16").requires_grad_(False)
-    tok = gpt.Tokenizer(policy.config.tokenizer)
-    run = gpt.Run(args)
-
-    # ---- the preferences: training pairs, held-out pairs with true labels, held-out problems
-    steps, batch = args.steps, args.batch or (8 if args.data else 32)
-    # Big models take small steps: the usual size for DPO on GPT-2 and larger is 20 times smaller.
-    lr = args.lr or (1e-4 if policy.config.n_embd < 512 else 5e-6)
-    room = min(args.max_tokens, policy.config.block_size)
-    if args.data:
-        pairs, counts = public.clean_pairs(public.load_or_exit(args.data), tok.encode, room)
-        public.say_counts(args.data, counts, room)
-        if len({p["prompt"] for p in pairs}) < 2:
-            raise SystemExit(
-                f"{len(pairs)} pairs, with fewer than two different prompts, are left of "
-                f"{args.data}: none can be held out (see --max_tokens)"
-            )
-        pairs, held_out = public.split_pairs(pairs, seed=args.seed)
-        random.Random(args.seed).shuffle(pairs)
-        pairs = pairs[: steps * batch]  # no reference log-probabilities for pairs never visited
-        # Where there are gold answers (GSM8K) they are checked; elsewhere there are outputs to read.
-        gold, longest = held_out[0]["answer"] is not None, 160
-        problems = [
-            argparse.Namespace(text=p["prompt"], answer=p["answer"] or 0)
-            for p in held_out
-            if len(tok.prompt(p["prompt"])) + longest <= policy.config.block_size
-        ][: (args.problems or 50) if gold else 4]
-    else:
-        pairs = task.preference_pairs(steps * batch, args.seed)
-        held_out = task.preference_pairs(200, args.seed, "test")
-        gold, longest = True, 48
-        problems = task.problems(args.problems or 500, args.seed, "test")
+def labelled(args, pairs):
+    """The training pairs, after the break if there is one: swapped labels, noisy labels, other rejected answers."""
     if args.break_ == "flip_labels":
-        # One place where this happens: the file's columns are "better" and "worse", the loader's are
-        # the other way round. Nothing crashes.
-        pairs = [p | {"chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs]
+        # In practice: a file has the columns (better, worse), and the loader reads them in the other order.
+        pairs = [swap(p) for p in pairs]
     if args.break_ == "label_noise":
         coin = random.Random(f"noise {args.seed}")
-        pairs = [
-            p | {"chosen": p["rejected"], "rejected": p["chosen"]} if coin.random() < 0.3 else p
-            for p in pairs
-        ]
+        pairs = [swap(p) if coin.random() < 0.3 else p for p in pairs]
     if args.break_ == "likelihood_displacement":
-        # Cheap negatives: corrupt the good answer a little. Every label is right.
+        # Rejected answers made by a program: the chosen answer with one number changed. Every label is correct.
         slips = random.Random(f"slips {args.seed}")
         pairs = [p | {"rejected": slip_once(p["chosen"], slips)} for p in pairs]
         pairs = [p for p in pairs if p["rejected"]]
+        if not pairs:
+            raise SystemExit("--break likelihood_displacement needs answers with a calculation, such as 2+3=5")
+    return pairs
+
+
+def evaluate(policy, ref, tok, material, held_out, held_out_ref, batch, seed, step):
+    """Accuracy on held-out pairs with true labels and, if there are problems, accuracy and KL of the answers to them.
+    Returns (results, samples to show)."""
+    results, problems = {"held_out_accuracy": pair_accuracy(policy, held_out, held_out_ref, batch)}, material.problems
+    if not problems:
+        return results, []
+    found, answers = gpt.examine(policy, tok, problems, seed, step, material.longest)
+    prompts = [tok.prompt(p.text) for p in problems]
+    results["kl"] = gpt.mean_kl(policy, ref, prompts, [a.ids for a in answers])
+    if not material.checked:
+        return results, [(p.text, a.text) for p, a in zip(problems, answers)]
+    return results | found, gpt.shown(problems, answers)
+
+
+def train(args):
+    """One run, from the SFT model to the report. Returns its runs.Run."""
+    # ---- policy and reference: the same model twice, one of them frozen
+    where = args.load or runs.made_by("sft", args, "a minute")
+    policy, ref, tok = gpt.load_policy(where, args)
+    run = runs.Run(args)
+    # ---- the preferences
+    steps, batch = args.steps, args.batch or (8 if args.data else 32)
+    material = lessons.preferences(args, tok, policy.config.block_size, steps * batch)
+    pairs = labelled(args, material.train)
     beta = args.beta or (REAL_BETA if args.data else BETA)[args.loss]
     if args.break_ in ("low_beta", "likelihood_displacement"):
-        # Displacement needs slack as well: with the full leash the chosen answers lose likelihood, too, but
-        # right answers hold (measured, see README). --break low_beta is the control: slack alone.
+        # With the full beta the chosen answers of likelihood_displacement lose likelihood too, but accuracy holds.
         beta = beta / 10
-
-    def encode(p):
-        return tok.prompt(p["prompt"]), tok.answer(p["chosen"]), tok.answer(p["rejected"])
-
     if len(pairs) < batch:
         raise SystemExit(f"{len(pairs)} pairs are left to train on, too few for --batch {batch}")
-    encoded, held_encoded = [encode(p) for p in pairs], [encode(p) for p in held_out]
-    # The reference never changes: its log-probabilities are computed once, not at every visit.
-    ref_logps = reference_logps(ref, encoded, batch)  # (N, 2)
-    held_ref_logps = reference_logps(ref, held_encoded, batch)
+    encoded, held_out = lessons.encode_pairs(tok, pairs), lessons.encode_pairs(tok, material.held_out)
+    # The reference never changes: its log-probabilities are computed once, not at every step.
+    ref_logps = all_pair_logps(ref, encoded, batch)  # (P, 2)
+    held_out_ref = all_pair_logps(ref, held_out, batch)
+    ref_margin = ref_logps[:, 0] - ref_logps[:, 1]  # (P,)
+    before = {"ref_margin": ref_margin.mean().item(), "ref_accuracy": (ref_margin > 0).float().mean().item()}
+    print(f"before training, the reference gives the chosen answer the higher log-probability in "
+          f"{before['ref_accuracy']:.1%} of the pairs; mean difference {before['ref_margin']:+.2f} nats")  # fmt: skip
+    # Large models need a smaller learning rate.
+    lr = args.lr or (1e-4 if policy.config.n_embd < 512 else 5e-6)
+    optimizer = gpt.make_optimizer(policy, lr)
 
     # ---- the loop
-    optimizer = gpt.make_optimizer(policy, lr)
-    for step in run.steps(steps, policy, optimizer, save_every=25, show=("loss", "margin", "accuracy")):
+    for step in run.steps(steps, policy, optimizer, save_every=25, show=("loss", "margin", "pair_accuracy")):
         if step % args.eval_every == 0 or step == steps:
-            results = {"held_out_pairs": pair_accuracy(policy, held_encoded, held_ref_logps, batch)}
-            if problems:
-                found, answers, shown = gpt.examine(policy, tok, problems, args.seed, step, longest)
-                questions = [tok.prompt(p.text) for p in problems]
-                results["kl"] = sampled_kl(policy, ref, questions, [a.ids for a in answers])
-                results |= found if gold else {}
-                run.samples(step, shown if gold else [(p.text, a.text) for p, a in zip(problems, answers)])
+            results, samples = evaluate(policy, ref, tok, material, held_out, held_out_ref, batch,
+                                        args.seed, step)  # fmt: skip
+            if samples:
+                run.samples(step, samples)
             run.say(step, **results)
         if step == steps:
             break
-        # ---- one update
         gpt.set_lr(optimizer, lr, step, steps)
-        chosen_ones = gpt.batch_indices(len(encoded), batch, step, args.seed)
-        prompts, chosen, rejected = map(list, zip(*(encoded[i] for i in chosen_ones)))
+        rows = runs.batch_indices(len(encoded), batch, step, args.seed)
+        prompts, chosen, rejected = map(list, zip(*(encoded[i] for i in rows)))
         logps, lengths = pair_logps(policy, prompts, chosen, rejected)  # (2B,)
-        pc, pr = logps.split(batch)  # policy, chosen and rejected: (B,) each
-        rc, rr = ref_logps[chosen_ones].unbind(1)
-        # What the dashboard shows is always made of sums, whatever the loss takes.
-        reward_chosen, reward_rejected = (beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()
-        metrics = {"logp_chosen": pc.mean(), "logp_rejected": pr.mean()}
-        nll = -(pc.sum() / lengths[:batch].sum())
-        if args.loss in PER_TOKEN:
-            n_chosen, n_rejected = lengths.split(batch)
-            pc, pr, rc, rr = pc / n_chosen, pr / n_rejected, rc / n_chosen, rr / n_rejected
-        if args.loss == "dpo":
-            loss = dpo_loss(pc, pr, rc, rr, beta)
-        elif args.loss == "cdpo":
-            loss = cdpo_loss(pc, pr, rc, rr, beta, args.noise)
-        elif args.loss == "robust":
-            loss = robust_loss(pc, pr, rc, rr, beta, args.noise)
-        elif args.loss == "ipo":
-            loss = ipo_loss(pc, pr, rc, rr, beta)
-        elif args.loss == "kto":
-            # The reference point: how far the policy has moved on answers that do not belong to
-            # the prompt (each prompt with its neighbour's answer).
-            with torch.no_grad():
-                strangers = chosen[1:] + chosen[:1]
-                # A long prompt with a neighbour's long answer may not fit; its end is not needed here.
-                room = policy.config.block_size
-                strangers = [c[: room - len(p)] for p, c in zip(prompts, strangers)]
-                moved = [gpt.completion_logps(m, prompts, strangers)[0].sum(1) for m in (policy, ref)]
-            loss = kto_loss(pc, pr, rc, rr, (moved[0] - moved[1]).mean().clamp(min=0), beta)
-        elif args.loss == "simpo":
-            loss = simpo_loss(pc, pr, beta)
-        elif args.loss == "orpo":
-            loss = orpo_loss(pc, pr, beta)
-        # The cure for displacement (Pal et al. 2024): hold the chosen answer's likelihood up.
-        loss = loss + args.nll * nll
+        ref_rows = ref_logps[rows].t().flatten()  # (B, 2) -> (2B,): all chosen, then all rejected
+        kl = kto_kl(policy, ref, prompts, chosen) if args.loss == "kto" else None
+        loss = preference_loss(args, beta, logps, ref_rows, lengths, kl)
+        # Optional (--nll): an SFT loss keeps the chosen answers likely, against displacement.
+        loss = loss - args.nll * logps[:batch].sum() / lengths[:batch].sum()
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        metrics |= {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "reward_chosen": reward_chosen.mean(),
-            "reward_rejected": reward_rejected.mean(),
-            "margin": (reward_chosen - reward_rejected).mean(),
-            "accuracy": (reward_chosen > reward_rejected).float().mean(),
-        }
-        run.log(step, **metrics)
+        # The logged rewards are computed from sums over tokens, also for the losses that use means. Like the
+        # loss, they belong to the weights before this update.
+        reward_chosen, reward_rejected = (beta * (logps - ref_rows)).detach().split(batch)  # (B,) each
+        run.log(
+            step,
+            logp_chosen=logps[:batch].mean(),
+            logp_rejected=logps[batch:].mean(),
+            loss=loss,
+            grad_norm=grad_norm,
+            reward_chosen=reward_chosen.mean(),
+            reward_rejected=reward_rejected.mean(),
+            margin=(reward_chosen - reward_rejected).mean(),
+            pair_accuracy=(reward_chosen > reward_rejected).float().mean(),
+        )
 
     # ---- the report
-    trained = [m for m in run.metrics if "loss" in m]
-    last = trained[-max(1, len(trained) // 5) :]  # the last fifth: a single batch is noise
-    report = {name: sum(m[name] for m in last) / len(last) for name in last[0] if name != "step"}
-    before = next(m for m in run.metrics if "held_out_pairs" in m)  # the evaluation at step 0
-    report |= results | {f"{k}_sft": before[k] for k in ("right_sampled", "right_greedy") if k in before}
-    run.finish(policy, **report)
-    return run
+    start = next(m for m in run.metrics if "held_out_accuracy" in m)  # the evaluation at step 0: the SFT model
+    sft = {f"{name}_sft": start[name] for name in ("accuracy_sampled", "accuracy_greedy") if name in start}
+    last = run.mean("loss", "grad_norm", "reward_chosen", "reward_rejected", "margin", "pair_accuracy", "logp_chosen",
+                    "logp_rejected")  # fmt: skip
+    return run.finish(policy, **last, **before, **results, **sft)
 
 
 # fmt: off
@@ -337,106 +330,28 @@ def parser():
     add = p.add_argument
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
     add("--data", help="real pairs: hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
-    add("--base", help="what sft.py starts from, where it has to run first (its --load)")
+    add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--loss", default="dpo", choices=list(BETA), help="which loss: " + ", ".join(BETA))
-    add("--beta", type=float, help="the leash to the reference (default 0.5; with --data 0.1;\n"
-        "ipo 0.1, simpo 2)")
-    add("--noise", type=float, default=0.1, help="share of wrong labels that cdpo and robust assume")
-    add("--nll", type=float, default=0.0, help="weight of an SFT loss on the chosen answers beside it")
-    add("--steps", type=int, default=100, help="updates; together one pass over the embedded pairs")
-    add("--batch", type=int, help="pairs a step (default 32; with --data 8)")
-    add("--lr", type=float, help="DPO moves far on little (default 1e-4; GPT-2 and larger 5e-6)")
+    add("--beta", type=float, help="weight of the KL penalty (default 0.5; with --data 0.1; ipo 0.1,\n"
+        "simpo 2)")
+    add("--noise", type=float, default=0.1, help="fraction of wrong labels that cdpo and robust assume")
+    add("--nll", type=float, default=0.0, help="weight of an additional SFT loss on the chosen answers")
+    add("--steps", type=int, default=100, help="updates; together one pass over the pairs of the built-in task")
+    add("--batch", type=int, help="pairs per step (default 32; with --data 8)")
+    add("--lr", type=float, help="learning rate (default 1e-4; GPT-2 and larger 5e-6)")
     add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut")
     add("--problems", type=int, help="held-out problems (default 500: a standard error of 2 points;\n"
-        "with --data 50, where it has gold answers)")
+        "with --data 50, if it has gold answers)")
     add("--eval_every", type=int, default=25, help="steps between evaluations")
     return p
 # fmt: on
 
 
 def main(argv=None):
-    args = gpt.parse("dpo", parser(), argv, BREAKS)
+    args = runs.parse("dpo", parser(), argv, breaks.of("dpo"))
     if args.beta is not None and args.beta <= 0:
-        raise SystemExit(f"--beta must be above 0, not {args.beta}: without the leash there is no DPO loss")
-    if args.break_ is None:
-        gpt.run_once(train, args, reuse=args.resume)
-        return
-    clean, broken = gpt.clean_and_broken(train, args)
-    C, B = clean.report, broken.report
-    dashboard = {
-        "loss": "loss",
-        "gradient norm": "grad_norm",
-        "margin of implicit rewards": "margin",
-        "accuracy on its own labels": "accuracy",
-        "implicit reward, chosen": "reward_chosen",
-        "implicit reward, rejected": "reward_rejected",
-    }
-    outside = {
-        "held-out pairs, true labels": "held_out_pairs",
-        "right answers, sampled": "right_sampled",
-        "   (the SFT model's)": "right_sampled_sft",
-        "right answers, greedy": "right_greedy",
-        "   (the SFT model's)  ": "right_greedy_sft",
-        "KL to the SFT model (nats)": "kl",
-    }
-    # On real data without gold answers, pairs with true labels are the outside evaluation.
-    gold = "right_sampled" in C
-    result = ("right answers, sampled", "share of held-out problems", "right_sampled")
-    pairs = ("held-out pairs with true labels", "share ranked rightly", "held_out_pairs")
-    last_panel = ("outside: " + result[0], *result[1:]) if gold else ("outside: " + pairs[0], *pairs[1:])
-    own = BREAKS[args.break_].split(":")[0]
-    if args.break_ == "flip_labels":
-        claims = [
-            ("the dashboard raises no alarm: no metric more than 10 % worse than in the clean run",
-             B["loss"] < 1.1 * C["loss"] and B["margin"] > 0.9 * C["margin"]
-             and B["accuracy"] > 0.9 * C["accuracy"] and B["grad_norm"] < 1.5 * C["grad_norm"]),
-            ("pairs with true labels: below one half", B["held_out_pairs"] < 0.5 < C["held_out_pairs"]),
-        ]  # fmt: skip
-        if gold and not args.data:
-            claims += [
-                ("right answers: 30 points or more below the clean run",
-                 B["right_sampled"] < C["right_sampled"] - 0.3),
-                ("... and 10 or more below the SFT model it started from",
-                 B["right_sampled"] < B["right_sampled_sft"] - 0.1),
-            ]  # fmt: skip
-        panel = ("dashboard: the loss", "nats", "loss")
-        cure = "read fifty pairs before training on them:  python -m data " + (args.data or "pairs")
-    elif args.break_ == "likelihood_displacement":
-        claims = [
-            (
-                "the dashboard looks healthy: accuracy on its own labels above 90 %",
-                B["accuracy"] > 0.9,
-            ),
-            (
-                "the chosen answers became less likely than under the reference",
-                B["reward_chosen"] < 0,
-            ),
-        ]
-        if gold and not args.data:
-            claims += [("right answers: 5 points or more below the SFT model it started from",
-                        B["right_sampled"] < B["right_sampled_sft"] - 0.05)]  # fmt: skip
-        panel = ("dashboard: implicit reward of the chosen", "nats", "reward_chosen")
-        cure = "python dpo.py --break likelihood_displacement --nll 1   (holds the chosen answer up)"
-    elif args.break_ == "label_noise":
-        claims = [
-            ("the dashboard shows it: the loss stays above .5", B["loss"] > 0.5 > C["loss"]),
-            ("... and accuracy on its own labels below 80 %", B["accuracy"] < 0.8 < C["accuracy"]),
-        ]
-        panel = ("dashboard: the loss", "nats", "loss")
-        cure = "python dpo.py --break label_noise --loss cdpo --noise 0.3   (or --loss robust)"
-    else:
-        claims = [
-            ("the model drifts farther from the reference: KL at least 1.3 times", B["kl"] > 1.3 * C["kl"]),
-            ("held-out pairs within 5 points of the clean run or above",
-             B["held_out_pairs"] > C["held_out_pairs"] - 0.05),
-        ]  # fmt: skip
-        if gold and not args.data:
-            claims += [("right answers: 5 points or more below the clean run",
-                        B["right_sampled"] < C["right_sampled"] - 0.05)]  # fmt: skip
-        panel = ("dashboard: held-out pairs", "share ranked rightly", "held_out_pairs")
-        cure = "python dpo.py   (a stronger leash, or fewer steps)"
-    print(f"\n{args.break_}: {own}.")
-    gpt.break_report(clean, broken, dashboard, outside, claims, cure, [panel, last_panel])
+        raise SystemExit(f"--beta must be above 0, not {args.beta}")
+    report.train_and_compare(train, args)
 
 
 if __name__ == "__main__":

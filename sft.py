@@ -1,27 +1,30 @@
 """Supervised fine-tuning: how does a model that continues text become one that answers?
 
     python sft.py                              the base model learns to answer and to stop
-    python sft.py --break eos_masked           ... and one that never stops
-    python sft.py --break too_many_epochs      ... and one that knows a single answer to everything
-    python sft.py --data FILE                  on the chosen answers of real data (see README)
+    python sft.py --break eos_masked           ... but never stops
+    python sft.py --break too_many_epochs      ... but its samples are hardly diverse
+    python sft.py --data FILE                  on the chosen answers of real data
 
 The model is shown conversations  <|user|> x <|assistant|> y <|end|>  and trained on the answer alone:
 
-    L = - sum_t m_t log p(y_t | x, y_<t) / sum_t m_t        m_t = 1 on the answer and its end token
+    L = - sum_t m_t log p(y_t | x, y_<t) / sum_t m_t        m_t = 1 on the answer and its end token, else 0
 
-(Ouyang et al. 2022, section 3.5; Radford et al. 2018 for the pretraining loss it continues.)
+(The likelihood of Radford et al. 2018, section 3.2, on demonstrations as in Ouyang et al. 2022. Masking the prompt is
+common practice.)
 
-What comes out is a *format* and not yet judgement: the demonstrators err in four of ten solutions, and the
-loss asks the model to be like them. Sampled at temperature 1 it has their mistakes, and a few of its own.
-Decoded greedily it is right on nearly everything that most of them understand, because random slips are
-never the likeliest continuation, and wrong on what most of them misunderstand.
+The model learns the *format*. It does not learn which answers are correct: four in ten demonstrations are wrong,
+and the model is trained on all of them. Sampled at temperature 1, it makes the demonstrators' mistakes. Decoded
+greedily, it makes hardly any random slips, because a slip is seldom the most likely continuation. It still makes
+the mistakes that most demonstrators make.
+
+What to look at: `accuracy_sampled` against `accuracy_greedy`, and the samples before and after.
 
 The breaks:
-    eos_masked       Padding and end token share an id, so masking the padding masks the end token as
-                     well. The loss looks the same; the model never stops. (transformers issue 23530)
-    too_many_epochs  The same few demonstrations again and again. The training loss goes on falling. One
-                     answer a question gets a little worse; what is lost is the variety: far fewer questions
-                     find a right one among 64 answers. (Cobbe et al. 2021, section 4.1)
+    eos_masked       Padding and end token share an id, so masking the padding masks the end token too. The loss
+                     looks the same; the model never stops. (transformers issue 23530)
+    too_many_epochs  The same few demonstrations again and again. The training loss goes on falling. pass@1 falls,
+                     and pass@64 falls further: among 64 samples there is far less often a correct one. (Cobbe et
+                     al. 2021, section 4.1)
 """
 
 import argparse
@@ -30,12 +33,10 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data import public, task
+from data import breaks, lessons, report, runs
 
-BREAKS = {
-    "eos_masked": "pad = end token: its label is masked, and the model never stops",
-    "too_many_epochs": "few demonstrations, many epochs: the loss falls, and pass@64 falls far",
-}
+# ---------------------------------------------------------------------------------------------
+# The algorithm
 
 IGNORE = -100  # the label that means "no loss here"; cross_entropy's own default
 
@@ -43,12 +44,12 @@ IGNORE = -100  # the label that means "no loss here"; cross_entropy's own defaul
 def sft_loss(logits, labels):
     """Summed negative log-likelihood of the supervised tokens, and their number.
 
-    logits: (B, T, V), row t predicting token t+1. labels: (B, T), the ids themselves where a token is
-    supervised and -100 elsewhere. Returns (sum in nats, number of tokens). The caller divides the sum of
-    all micro-batches by the tokens of all: a mean of means would weigh a token by
-    the company it came in, and the size of the micro-batch would change the objective.
+    logits: (B, T, V), row t predicts token t+1. labels: (B, T), the ids themselves where a token is supervised
+    and -100 elsewhere. Returns (sum in nats, number of tokens). The caller divides the sum over all micro-batches
+    by the tokens of all of them. With a mean of means, tokens of shorter micro-batches would get more weight, and
+    the micro-batch size would change the objective.
     """
-    # Shift once: the logits at t are about the label at t+1. In float32, also under autocast.
+    # Shift once: the logits at t predict the label at t+1. In float32, also under autocast.
     logits, targets = logits[:, :-1].float(), labels[:, 1:]
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return total, (targets != IGNORE).sum()
@@ -62,94 +63,92 @@ def collate(examples, pad):
     for row, (prompt, answer) in enumerate(examples):
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) :] = ids[row, len(prompt) :]
-    # Padding is recognised by its id, as most libraries do. That is safe only while no real token
-    # has the same id.
+        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
+    # Padding is recognized by its id, as in most libraries. That is safe only if no real token has the same id.
     labels[labels == pad] = IGNORE
     return ids, labels
 
 
 def pass_at_k(n, c, k):
-    """Chance that at least one of k answers is right, estimated without bias from n answers of which c
-    are: 1 - C(n-c, k) / C(n, k). (Chen et al. 2021.) pass_at_k(5, 2, 2) = 0.7"""
+    """Probability that at least one of k answers is correct, estimated without bias from n answers of which c are
+    correct: 1 - C(n-c, k) / C(n, k). (Chen et al. 2021.) pass_at_k(5, 2, 2) = 0.7"""
     miss = 1.0
-    for i in range(k):  # the product form needs no huge binomials
+    for i in range(k):  # the product form needs no large binomials
         miss *= max(0, n - c - i) / (n - i)
     return 1 - miss
 
 
-def train(args):
-    """One run, from the base model to the report. Returns its gpt.Run."""
-    # ---- the model we start from
+def measure_pass_at_k(model, tok, problems, seed, k=64):
+    """pass@1, pass@8 and pass@64, from 64 samples for each problem."""
+    repeated = [p for p in problems for _ in range(k)]
+    answers = gpt.solve(model, tok, repeated, 1.0, runs.rng(seed, "pass@k"))
+    correct = [sum(a.correct for a in answers[i : i + k]) for i in range(0, len(answers), k)]
+    return {f"pass@{n}": sum(pass_at_k(k, c, n) for c in correct) / len(problems) for n in (1, 8, 64)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def starting_model(args):
+    """(model, tokenizer): the base model of the embedded task, or what --load names."""
     if args.load == "scratch" or (args.data and not args.load):
-        # Real data without GPT-2's weights: random weights on GPT-2's tokens. It learns something about
-        # answers, not to speak; --load gpt2 does.
+        # Real data without GPT-2's weights: random weights on GPT-2's tokens. Such a model learns something
+        # about the answers but does not write readable text; --load gpt2 does.
         tok = gpt.Tokenizer("gpt2")
         torch.manual_seed(args.seed)
-        config = gpt.GPTConfig(tok.vocab_size, block_size=512, tokenizer="gpt2")
-        model = gpt.GPT(config).to(args.device)
+        model = gpt.GPT(gpt.GPTConfig(tok.vocab_size, block_size=512, tokenizer="gpt2")).to(args.device)
         model.bfloat16 = args.dtype == "bfloat16"
-    else:
-        base = args.load or gpt.made_by("gpt", args, "a minute and a half")
-        model = gpt.load_model(base, args.device, args.dtype == "bfloat16")
-        tok = gpt.Tokenizer(model.config.tokenizer)
-    run = gpt.Run(args)
+        return model, tok
+    base = args.load or runs.made_by("gpt", args, "a minute and a half")
+    model = gpt.load_model(base, args.device, args.dtype == "bfloat16")
+    return model, gpt.Tokenizer(model.config.tokenizer)
 
-    # ---- the demonstrations
+
+def train(args):
+    """One run, from the base model to the report. Returns its runs.Run."""
+    model, tok = starting_model(args)
+    run = runs.Run(args)
     if args.break_ == "too_many_epochs":
-        # The same number of updates on a fiftieth of the data. Who has few demonstrations and a loss
-        # that still falls does this without noticing.
+        # The same number of updates on a fiftieth of the data.
         args.demos, args.epochs = max(1, args.demos // 50), args.epochs * 50
-    if args.data:
-        rows = [r for r in public.load_or_exit(args.data) if r["chosen"]]
-        texts = [(r["prompt"], r["chosen"]) for r in rows]
-        problems = []
-    else:
-        texts = [(p.text, solution) for p, solution in task.demonstrations(args.demos, args.seed)]
-        if args.answer_only:
-            # Shorter, cheaper, and it is the number that counts: reasoning.py --break no_cot.
-            texts = [(question, text[text.rindex("####") :]) for question, text in texts]
-        problems = task.problems(args.problems, args.seed, "test")
-    examples = [(tok.prompt(question), tok.answer(text)) for question, text in texts]
-    room = model.config.block_size
-    fitting = [e for e in examples if len(e[0]) + len(e[1]) <= room]
-    if len(fitting) < len(examples):
-        print(f"{len(examples) - len(fitting)} of {len(examples)} demonstrations are longer than the "
-              f"context of {room} tokens and are left out")  # fmt: skip
-    examples = fitting
-    if not examples:
-        source = args.data or "the embedded task"
-        raise SystemExit(f"{source} holds no demonstration that fits the context of {room} tokens")
-    # GPT-2's vocabulary makes a row of logits per token of 200 kB: few rows at a time.
+    material = lessons.demonstrations(args, tok, model.config.block_size, args.demos)
+    problems = material.problems
+    texts = [row["chosen"] for row in material.train]
+    if args.answer_only:  # leave the working out: see reasoning.py --break no_cot
+        texts = [text[text.rindex("####") :] for text in texts]
+    examples = [(tok.prompt(row["prompt"]), tok.answer(text)) for row, text in zip(material.train, texts)]
+    # With GPT-2's vocabulary the logits of one token take 200 kB: few rows at a time.
     micro_batch = args.micro_batch or (4 if args.data else args.batch)
     pad = tok.pad
     if args.break_ == "eos_masked":
-        pad = tok.end  # "the tokenizer has no pad token, so use the end token": one innocent line
-
-    # ---- the loop
+        pad = tok.end  # "the tokenizer has no padding token, so use the end token"
     lr = args.lr or (1.5e-3 if model.config.n_embd < 512 else 5e-5)
     optimizer = gpt.make_optimizer(model, lr)
     steps = args.steps or max(1, len(examples) * args.epochs // args.batch)
-    if not args.data:
-        prompt = problems[0].text
-        ids, _ = gpt.sample(model, [tok.encode(prompt + "\n")], 40, [tok.end], generator=gpt.rng(args.seed))
-        print(f"before: the base model continues text\n    {prompt}\n    ... {tok.decode(ids[0])!r}")
-    for step in run.steps(steps, model, optimizer, show=("loss",)):
+    if problems:
+        ids = [tok.encode(problems[0].text + "\n")]
+        out, _ = gpt.sample(model, ids, 40, [tok.end], generator=runs.rng(args.seed))
+        print(f"before: the base model continues text\n    {problems[0].text}\n    ... {tok.decode(out[0])!r}")
+
+    # ---- the loop
+    results = {}
+    for step in run.steps(steps, model, optimizer):
         if problems and (step % args.eval_every == 0 or step == steps) and step > 0:
-            results, _, shown = gpt.examine(model, tok, problems, args.seed, step)
+            results, answers = gpt.examine(model, tok, problems, args.seed, step)
             run.say(step, **results)
-            run.samples(step, shown)
+            run.samples(step, gpt.shown(problems, answers))
         if step == steps:
             break
         gpt.set_lr(optimizer, lr, step, steps)
-        chosen = [examples[i] for i in gpt.batch_indices(len(examples), args.batch, step, args.seed)]
-        ids, labels = collate(chosen, pad)
-        supervised = (labels[:, 1:] != IGNORE).sum()  # over the whole step, not the micro-batch
+        chosen = [examples[i] for i in runs.batch_indices(len(examples), args.batch, step, args.seed)]
+        ids, labels = collate(chosen, pad)  # (B, T)
+        supervised = (labels[:, 1:] != IGNORE).sum()  # of the whole step, not of the micro-batch
         optimizer.zero_grad()
         loss = 0.0
         for rows in torch.arange(len(chosen)).split(micro_batch):
             total, _ = sft_loss(model(ids[rows].to(args.device)), labels[rows].to(args.device))
-            (total / supervised).backward()  # gradients add up over micro-batches
+            (total / supervised).backward()  # gradients add up over the micro-batches
             loss += (total / supervised).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -157,22 +156,11 @@ def train(args):
 
     # ---- the report
     model.config.chat = True
-    last = [m["loss"] for m in run.metrics if "loss" in m][-20:]
-    report = {"loss": sum(last) / len(last)}
+    results |= run.mean("loss")
     if problems:
-        report |= results
-        # Many answers to a few questions: is there a right one among them?
-        few, k = problems[: max(1, args.problems // 5)], 64
-        generator = gpt.rng(args.seed, "pass@k")
-        questions = [p.text for p in few for _ in range(k)]
-        golds = [p.answer for p in few for _ in range(k)]
-        answers = gpt.solve(model, tok, questions, golds, 1.0, generator)
-        right = [sum(a.right for a in answers[i : i + k]) for i in range(0, len(answers), k)]
-        for n in (1, 8, 64):
-            report[f"pass@{n}"] = sum(pass_at_k(k, c, n) for c in right) / len(few)
-        print("  ".join(f"{name} {value:.3f}" for name, value in report.items()))
-    run.finish(model, **report)
-    return run
+        results |= measure_pass_at_k(model, tok, problems[: max(1, args.problems // 5)], args.seed)
+        print("  ".join(f"{name} {value:.3f}" for name, value in results.items()))
+    return run.finish(model, **results)
 
 
 # fmt: off
@@ -184,12 +172,12 @@ def parser():
     add("--data", help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
     add("--demos", type=int, default=20000, help="demonstrations of the embedded task")
     add("--answer_only", action="store_true", help="leave the working out: learn the final answers alone")
-    add("--epochs", type=int, default=1, help="more than a few cost variety (see too_many_epochs)")
-    add("--batch", type=int, default=32, help="demonstrations a step")
-    add("--micro_batch", type=int, help="of which so many at once, where memory is short (default:\n"
-        "all; with --data 4)")
+    add("--epochs", type=int, default=1, help="passes over the demonstrations (see too_many_epochs)")
+    add("--batch", type=int, default=32, help="demonstrations per step")
+    add("--micro_batch", type=int, help="demonstrations per forward pass, to save memory (default:\n"
+        "all of the batch; with --data 4)")
     add("--steps", type=int, help="stop after so many updates (default: all epochs)")
-    add("--lr", type=float, help="below pretraining's (default 1.5e-3; GPT-2 and larger 5e-5)")
+    add("--lr", type=float, help="smaller than in pretraining (default 1.5e-3; GPT-2 and larger 5e-5)")
     add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
     add("--eval_every", type=int, default=250, help="steps between evaluations")
     return p
@@ -197,42 +185,12 @@ def parser():
 
 
 def main(argv=None):
-    args = gpt.parse("sft", parser(), argv, BREAKS)
-    if args.break_ is None:
-        gpt.run_once(train, args, reuse=args.resume)
-        return
-    clean, broken = gpt.clean_and_broken(train, args)
-    C, B = clean.report, broken.report
-    outside = {"right, sampled": "right_sampled", "right, greedy": "right_greedy",
-               "answers that end": "ended", "length in tokens": "length",
-               "pass@1": "pass@1", "pass@8": "pass@8", "pass@64": "pass@64"}  # fmt: skip
-    if args.break_ == "eos_masked":
-        claims = [
-            (
-                "the loss on the answers looks the same (within 20 %)",
-                abs(B["loss"] / C["loss"] - 1) < 0.2,
-            ),
-            ("clean: more than 95 % of the answers end", C["ended"] > 0.95),
-            ("broken: fewer than 5 % do", B["ended"] < 0.05),
-        ]
-        figure = [("dashboard: the training loss", "nats a token", "loss"),
-                  ("outside: does it stop?", "share of answers that end", "ended")]  # fmt: skip
-        cure = "python sft.py   (a pad token of its own)"
-    else:
-        claims = [
-            ("the training loss ends lower", B["loss"] < C["loss"]),
-            ("variety is lost: pass@64 at least 10 points lower", B["pass@64"] < C["pass@64"] - 0.1),
-            (
-                "one answer shows less of it: pass@1 falls by less than pass@64",
-                C["pass@1"] - B["pass@1"] < C["pass@64"] - B["pass@64"],
-            ),
-        ]
-        figure = [
-            ("dashboard: the training loss", "nats a token", "loss"),
-            ("outside: is one of k answers right?", "share of problems", ("pass@1", "pass@8", "pass@64")),
-        ]
-        cure = "python sft.py   (fresh demonstrations, one epoch)"
-    gpt.break_report(clean, broken, {"loss on the answers": "loss"}, outside, claims, cure, figure)
+    args = runs.parse("sft", parser(), argv, breaks.of("sft"))
+    if args.break_ and args.data:
+        raise SystemExit("the breaks of sft.py need the embedded task's checker: leave --data out")
+    if args.answer_only and args.data:
+        raise SystemExit("--answer_only cuts the embedded task's solutions at ####: leave --data out")
+    report.train_and_compare(train, args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The calculator: arithmetic that somebody else wrote, worked out without running it.
+"""The calculator: evaluates arithmetic that a model wrote, without running it.
 
     >>> calculate("48+27"), calculate("0.1+0.2"), calculate("(7-2)/3")
     ('75', '0.3', '1.666667')
 
-What a model writes is a stranger's text. `eval` would run it, whatever it is: "__import__('os')" is an
-expression too (that is CVE-2023-29374, and `python tools.py --break unsafe_eval`). Filtering bad names out
-of it is a race that the filter loses. So the other way round: the text is parsed, nothing is run, and a few
-kinds of node in the syntax tree are *allowed*. Everything else is an error, which the model is shown.
+What a model writes is untrusted text. `eval` would run it, whatever it is: "__import__('os')" is an expression too
+(that is CVE-2023-29374, `python tools.py --break unsafe_eval`). A filter for forbidden names can be incomplete. So
+this file works the other way round: the text is parsed, nothing is run, and a few kinds of node in the syntax tree
+are *allowed*. Everything else is an error, which the model sees.
 
 How many of GSM8K's own annotations it reproduces:  python tools.py --data gsm8k/train.jsonl
 """
@@ -17,19 +17,19 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-LONGEST = 100  # characters; checked before anything looks at them
+LONGEST = 100  # characters; checked before parsing
 LARGEST = 10**15  # of any number on the way to the result
 
-# The first wall, and the cheap one: a text with a letter, a quote or an underscore never reaches the parser.
-# [0-9] and not \d, which matches the digits of all scripts. Without a newline: one line, so that a
-# column is a position in the text.
+# The first check of the characters: a text with a letter, a quote or an underscore never reaches the parser. [0-9]
+# and not \d, which matches the digits of all scripts. No newline, so that a column of the parser is a position in
+# the text.
 CHARACTERS = re.compile(r"[0-9.+\-*/%() ]*")
-# Nearly every call is "48+27". The parser takes ten times as long for that as the rest. No leading zeros:
-# the parser refuses them, and a fast path must not know another language than the slow one.
+# The fast path: nearly every call is like "48+27", and without the parser it takes a fifth of the time or less. No
+# leading zeros: the parser refuses 01, and the fast path must accept nothing that the slow one refuses.
 SHORT = re.compile(r"(0|[1-9][0-9]{0,9})([-+*])(0|[1-9][0-9]{0,9})")
 
-# The second wall: what a tree may consist of. There is no power: "9**9**9" is seven characters and
-# more memory than there is. Without it a number's digits are at most as many as were typed.
+# The second check: what a syntax tree may consist of. There is no power: "9**9**9" has seven characters and 370
+# million digits. Without powers, a result has at most about as many digits as were typed.
 BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -38,12 +38,12 @@ BINARY = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos}  # GSM8K's people write "+10=10", too
+UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos}  # GSM8K has annotations such as "+10=10"
 OF_SIGN = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 class CallError(Exception):
-    """A call that has no result. Its text is short: the model reads it, a token a letter."""
+    """A call that has no result. Its text is short, because it takes one token per letter."""
 
 
 def calculate(text):
@@ -59,7 +59,7 @@ def calculate(text):
         raise CallError("?size")
     if not CHARACTERS.fullmatch(text):
         raise CallError("?syntax")
-    text = text.strip(" ")  # leading blanks are an indentation to the parser
+    text = text.strip(" ")  # to the parser, leading blanks are an indentation
     try:
         return show(value(ast.parse(text, mode="eval").body, text))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -67,9 +67,9 @@ def calculate(text):
 
 
 def value(node, text):
-    """The exact value of a syntax tree: an int or a Fraction. text: what it was parsed from."""
+    """The exact value of a syntax tree, an int or a Fraction. text: what the tree was parsed from."""
     kind = type(node)
-    # type() and not isinstance(): True is an int to isinstance, and "..." is a Constant as well.
+    # type() and not isinstance(): to isinstance, True is an int. ("..." is a Constant too.)
     if kind is ast.Constant and type(node.value) is int:
         return bounded(node.value)
     if kind is ast.Constant and type(node.value) is float:
@@ -93,10 +93,10 @@ def bounded(number):
 
 
 def show(number):
-    """One way to print a number: "75", "-0.5", "1.666667": six decimals at most, no zeros at the end."""
+    """A number as text: "75", "-0.5", "1.666667". At most six decimals, no zeros at their end."""
     if type(number) is int or number.denominator == 1:
         return str(int(number))
-    # In whole numbers: as a float it would depend on the size. A half goes away from zero, as in school.
+    # In whole numbers: rounding a float would depend on its size. A half is rounded away from zero, as in school.
     millionths = (abs(number.numerator) * 2 * 10**6 + number.denominator) // (2 * number.denominator)
     whole, rest = divmod(millionths, 10**6)
     digits = f"{whole}.{rest:06}".rstrip("0").rstrip(".")
@@ -104,8 +104,8 @@ def show(number):
 
 
 def annotations(name, solutions):
-    """Put every <<expression=result>> of the solutions through the calculator, and print what agrees and what
-    kinds the rest are. Returns (solutions in which all agree, the number of annotations of each kind)."""
+    """Evaluate every <<expression=result>> of the solutions. Print how many results agree, and count the others by
+    kind. Returns (number of solutions in which all agree, number of annotations of each kind)."""
     kinds, examples = Counter(), {}
     agreeing = without = 0
     for solution in solutions:
@@ -130,5 +130,6 @@ def annotations(name, solutions):
     print(f"{name}: {len(solutions)} solutions, {without} of them without annotations")
     for kind, n in kinds.most_common():
         print(f"  {n:6}  {kind:36} such as <<{examples[kind]}>>")
-    print(f"All of the annotations are reproduced in {agreeing} of {len(solutions)} solutions.")
+    counted = f"{agreeing} of {len(solutions)} solutions (those without annotations included)"
+    print(f"All annotations are reproduced in {counted}.")
     return agreeing, kinds

@@ -1,15 +1,14 @@
-"""One door to the public data sets: whatever the file looks like, every row comes out the same.
-
-The scripts of this repository train on four plain fields and know nothing of file formats:
+"""Public datasets: whatever a file looks like, every row is read into the same four fields.
 
     prompt    what is asked                                                    str
     chosen    the better answer (for GSM8K: the worked solution)               str or None
     rejected  the worse answer                                                 str or None
     answer    the gold number of a math problem                                str or None
 
-Published data comes in five shapes (SHAPES below). This file maps each of them, one short function
-a shape, and then offers what every preference script needs: clean_pairs, which drops what cannot
-be trained on and counts it aloud, and split_pairs, which holds out some prompts.
+Published data comes in four layouts (SHAPES below); in two of them a text can also be a list of messages. Each
+layout is read by one short function. The rest of the file is what every preference script needs: clean_pairs drops
+and counts the rows that cannot be trained on, and split_pairs holds out some prompts. The scripts use it through
+data/lessons.py.
 
 Try it:
     python -c "from data.public import load_rows; print(load_rows('my_pairs.jsonl')[0])"
@@ -24,16 +23,16 @@ import os
 import zlib
 from pathlib import Path
 
-from data.checker import is_right
+from data.checker import is_correct, last_answer
 
-# Short name -> its name on the hub, its config, and its splits under our two names for them.
+# Short name -> name on the hub, config, and {our name of a split: its name}.
 HUB = {
     "gsm8k": ("openai/gsm8k", "main", {"train": "train", "test": "test"}),
     "hh-rlhf": ("Anthropic/hh-rlhf", None, {"train": "train", "test": "test"}),
     "ultrafeedback": (
         "HuggingFaceH4/ultrafeedback_binarized",
         None,
-        # This publication also has train_sft and train_gen, cut differently from the same prompts.
+        # This publication also has train_sft and train_gen: other splits of the same prompts.
         {"train": "train_prefs", "test": "test_prefs"},
     ),
 }
@@ -42,14 +41,14 @@ FILES = (".jsonl", ".jsonl.gz", ".parquet")
 # The line that opens an answer, and the one that opens a question, in HH-RLHF's dialogues.
 ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
 
-# What a chat template adds around one question and one answer: the two role marks, the end of the
-# question, the end of the answer. A pair that fits without them would be cut short with them.
+# Tokens that a chat template adds to one question and one answer: two role marks, the end of the question, the end of
+# the answer. They take room in the context too. (The template in gpt.py does not mark the end of the question: 3.)
 TEMPLATE_TOKENS = 4
 
 
 # --- the shapes ------------------------------------------------------------------------------
-# Each function takes one row as it was published and returns our four fields. It raises
-# ValueError for a row that breaks its shape; load_rows adds the file and the line to the message.
+# Each function takes one row as it was published and returns our four fields. It raises ValueError for a row that
+# does not have its layout; load_rows adds the file and the line to the message.
 
 
 def _row(prompt, chosen=None, rejected=None, answer=None):
@@ -57,7 +56,7 @@ def _row(prompt, chosen=None, rejected=None, answer=None):
 
 
 def _text(row, field):
-    """Return row[field], which must be a string: a number or null would fail much later."""
+    """row[field], which must be a string. A number or null would fail much later, and less clearly."""
     kind = type(row[field]).__name__
     if kind != "str":
         raise ValueError(f"field {field!r} is {kind}, not a string")
@@ -65,7 +64,7 @@ def _text(row, field):
 
 
 def _turns(row, field):
-    """Return row[field] as a list of (role, content), or say what is wrong with it."""
+    """row[field] as a list of (role, content). ValueError if it is not a list of messages."""
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else type(turns).__name__
@@ -78,9 +77,9 @@ def _turns(row, field):
 
 
 def _render(turns):
-    """Write a dialogue as one string: a lone question as it is, several turns with their speakers.
+    """A dialogue as one string: a single question as it is, several turns with their speakers.
 
-    Several turns come out in HH-RLHF's own form, so that both sources teach a model one form:
+    Several turns get HH-RLHF's form, so that both sources teach a model the same form:
     [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
     -> "Human: Hi\\n\\nAssistant: Hello\\n\\nHuman: Why?"
     """
@@ -100,18 +99,18 @@ def _pair(row):
 
 
 def _messages(row):
-    """chosen and rejected as lists of messages: the last one is the answer, the rest the prompt."""
+    """chosen and rejected as lists of messages: the last message is the answer, the others are the prompt."""
     before, last = {}, {}
     for side in ("chosen", "rejected"):
         *before[side], (role, last[side]) = _turns(row, side)
         if role != "assistant":
             raise ValueError(f"field {side!r} ends in a turn of {role!r}, not of the assistant")
-    # Two answers are a pair only where they answer the same dialogue.
+    # Two answers are a pair only if they answer the same dialogue.
     if before["chosen"] != before["rejected"]:
         return _row(_render(before["chosen"]))
     if before["chosen"]:
         prompt = _render(before["chosen"])
-    # Some publications leave the prompt out of both lists and keep it in a field of its own.
+    # Some publications have the prompt in a field of its own and in neither list.
     elif isinstance(row.get("prompt"), list):
         prompt = _render(_turns(row, "prompt"))
     elif "prompt" in row:
@@ -128,15 +127,14 @@ def _dialogues(row):
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if ASSISTANT not in chosen and ASSISTANT not in rejected:
         raise ValueError("there is no field 'prompt', and no '\\n\\nAssistant:' to cut one off at")
-    # Not the common prefix itself: two answers that both begin "I'm sorry" share that too, and it
-    # would end up in the prompt. The last mark inside the prefix is where the answers begin.
+    # Not the common prefix itself: if both answers begin "I'm sorry", the prefix contains that. The answers begin
+    # at the last mark inside the prefix.
     at = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)
-    # strip: the blanks around a turn are the file's layout; the template puts its own.
+    # strip: the blanks around a turn belong to the file's layout; the chat template has its own.
     prompt = chosen[: max(at, 0)].strip()
     answers = [dialogue[at + len(ASSISTANT) :] for dialogue in (chosen, rejected)]
-    # A few dialogues go on past that mark on one side (5 of the 2312 in harmless-base's test
-    # split). Those are not two answers to one question; trained on, they would teach the model to
-    # write the human's lines as well.
+    # In a few dialogues one side goes on with further turns (5 of the 2312 in harmless-base's test split). Those
+    # are not two answers to one question, and they would teach the model to write the human's lines.
     if at < 0 or any(mark in text for mark in (ASSISTANT, HUMAN) for text in answers):
         return _row(prompt)
     return _row(prompt, *(text.strip() for text in answers))
@@ -146,35 +144,35 @@ def _problem(row):
     """GSM8K {question, answer}: a worked solution that ends in `#### 72`."""
     solution = _text(row, "answer")
     gold = solution.rpartition("####")[2].strip()
-    is_right(solution, gold)  # raises where the gold is not a number: such a row can never be won
+    is_correct(solution, gold)  # raises if the gold answer is not a number: no answer to such a row could be correct
     return _row(_text(row, "question"), chosen=solution, answer=gold)
 
 
 def _solutions(row):
     """GSM8K's published model solutions: {question, ground_truth, <model>: {is_correct, solution}}.
 
-    One problem gives one pair, of a right and a wrong solution. One and not all of them, so that
-    pairs are independent and every problem weighs the same. Of the possible pairs, the one closest
-    in length: left to chance, a reward model could score above half by liking longer answers.
+    One problem gives one pair of a correct and a wrong solution. Only one, so that pairs are independent and every
+    problem has the same weight. It is the pair whose lengths are closest, so that length says little about
+    correctness: in the published file the correct solution is the longer one in 53 % of the pairs.
     """
     truth = _text(row, "ground_truth")
     gold = truth.rpartition("A:")[2].strip()
-    is_right(truth, gold)
-    right, wrong = [], []
+    is_correct(truth, gold)
+    correct, wrong = [], []
     for model, entry in row.items():
         if isinstance(entry, dict):
             if entry.get("is_correct") not in (True, False):
                 raise ValueError(f"{model!r} has no 'is_correct' that is true or false")
             solution = _text({"solution": None, **entry}, "solution")
-            (right if entry["is_correct"] else wrong).append(solution)
-    # min keeps the first of equals, so the choice is the same on every run.
-    pairs = [(r, w) for r in right for w in wrong]
+            (correct if entry["is_correct"] else wrong).append(solution)
+    # min returns the first of equals, so the choice is the same in every run.
+    pairs = [(c, w) for c in correct for w in wrong]
     best = min(pairs, key=lambda pair: abs(len(pair[0]) - len(pair[1])), default=(None, None))
     return _row(_text(row, "question"), *best, answer=gold)
 
 
-# The columns that must be there, and who maps them. The first line that fits counts, so the order
-# goes from more columns to fewer: a row with a prompt is never read as a promptless dialogue.
+# The columns that a layout needs, and the function that reads it. The first line that fits is used. So the pairs with
+# a prompt come before those without: a row with a prompt is never read as a dialogue without one.
 SHAPES = (
     (("question", "ground_truth"), _solutions),
     (("question", "answer"), _problem),
@@ -189,19 +187,19 @@ SHAPES = (
 def lines(path):
     """Yield (line number, row) from a .jsonl or .jsonl.gz.
 
-    Line by line and not through a library: the reader of a broken file needs to know which line.
+    Line by line, not through a library, so that an error can name the line.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        # Bytes: text mode would also break lines at a lone carriage return.
+        # As bytes: text mode would also end a line at a single carriage return.
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     yield number, json.loads(line.decode("utf-8-sig"))
-                # JSONDecodeError and UnicodeDecodeError are both ValueErrors. RecursionError is
-                # what a line of a hundred thousand "[" raises.
+                # JSONDecodeError and UnicodeDecodeError are ValueErrors. A line of a hundred thousand "[" raises
+                # RecursionError.
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -211,31 +209,29 @@ def lines(path):
 
 def _parquet(path):
     """Yield (row number, row) from a .parquet file."""
-    import datasets  # here and not above: it takes a second, and a .jsonl does not need it
+    import datasets  # here, not above: it takes a second, and a .jsonl does not need it
 
     try:
-        # Streamed, because the other way first copies the whole file into a cache under the home
-        # folder. Escaped, because the library would read "[1]" in a file name as a pattern.
+        # Streamed: otherwise the library first copies the whole file into a cache in the home folder. Escaped: the
+        # library reads "[1]" in a file name as a pattern.
         name = glob.escape(str(path))
-        yield from enumerate(
-            datasets.load_dataset("parquet", data_files=name, split="train", streaming=True), 1
-        )
-    # Broad, here and below: which kinds of error the libraries raise differs by their version.
+        yield from enumerate(datasets.load_dataset("parquet", data_files=name, split="train", streaming=True), 1)
+    # Broad, here and below: the libraries raise different kinds of error in different versions.
     except Exception as error:  # noqa: BLE001
         raise ValueError(f"{path}: cannot be read as parquet ({_one_line(error)})") from None
 
 
 def _hub(source, split):
-    """Yield (row number, row) from the hub, or from the copy that an earlier run left behind."""
+    """Yield (row number, row) from the hub, or from the cache of an earlier download."""
     name, config, splits = HUB[source]
     if split not in splits:
         raise ValueError(f"{source} has no split {split!r}; take one of {', '.join(splits)}")
     import datasets
     from huggingface_hub import HfApi
 
-    # Without a network the library tries for half a minute, a warning a try, before it gives up.
-    # So ask once, briefly; no answer means offline mode, in which it takes a cached copy or fails
-    # at once. HfApi and not a bare socket: it knows of proxies, mirrors and log-ins.
+    # Without a network the library tries for half a minute, with a warning per try. So ask once, briefly. Without
+    # an answer use offline mode, which takes a cached copy or fails at once. HfApi uses the configured proxies,
+    # mirrors and log-ins.
     trouble = None
     try:
         HfApi().dataset_info(name, timeout=5)
@@ -246,7 +242,7 @@ def _hub(source, split):
         datasets.config.HF_HUB_OFFLINE = offline or trouble is not None
         rows = datasets.load_dataset(name, config, split=splits[split])
     except Exception as error:  # noqa: BLE001
-        # from None: a hundred lines of the library's traceback would bury the one that matters.
+        # from None: without the library's traceback of a hundred lines.
         raise ConnectionError(
             f"{name} could not be loaded from the hub ({_one_line(trouble or error)}); "
             f"download it elsewhere and pass the file's path ({', '.join(FILES)})"
@@ -257,12 +253,12 @@ def _hub(source, split):
 
 
 def _one_line(error):
-    """Return the first line of an error's text, or its type where it has none."""
+    """The first line of an error's text, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def load_rows(source, split="train"):
-    """Read a public data set, or a file in the form of one, into rows of the same four fields.
+    """Read a public dataset, or a file with the layout of one, into rows of the same four fields.
 
     Args:
         source: `gsm8k`, `hh-rlhf` or `ultrafeedback` (fetched from the hub), or the path of a
@@ -272,12 +268,13 @@ def load_rows(source, split="train"):
     Returns:
         A list of {"prompt": str, "chosen": str or None, "rejected": str or None,
         "answer": str or None}, one for each row of the source and in its order. A row that does
-        not hold two answers to one prompt keeps its place, with chosen and rejected None.
+        not hold two answers to one prompt keeps its place, with rejected None (and chosen None too,
+        except for GSM8K's worked solutions).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an unknown name, split, file type or shape, or a malformed row; the message
-            names the file, the line and the cause.
+        ValueError: an unknown name, split, file type or shape, or a malformed row; the message of
+            a malformed row names the file, the line and the cause.
         ConnectionError: the hub did not answer and there is no cached copy.
 
     Example:
@@ -290,7 +287,7 @@ def load_rows(source, split="train"):
     if source in HUB:
         records, unit = _hub(source, split), "row"
     elif not source.endswith(FILES):
-        raise ValueError(f"{source!r} is neither a known data set nor a known file type; {ways}")
+        raise ValueError(f"{source!r} is neither a known dataset nor a known file type; {ways}")
     elif not path.is_file():
         raise FileNotFoundError(f"{source}: there is no such file; {ways}")
     elif source.endswith(".parquet"):
@@ -305,8 +302,8 @@ def load_rows(source, split="train"):
         if kind != "dict":
             raise ValueError(f"{where}: {kind}, not an object with named fields")
         if needed is None:
-            # The first row decides the shape for all. Decided row by row, a row that lost its
-            # prompt would silently be taken for a row of another shape.
+            # The first row decides the layout of all. If each row decided, a row without its prompt would silently
+            # be read with another layout.
             fits = (shape for shape in SHAPES if set(shape[0]) <= set(record))
             needed, to_row = next(fits, (None, None))
         if needed is None:
@@ -326,21 +323,47 @@ def load_rows(source, split="train"):
 
 
 def load_or_exit(source, split="train"):
-    """load_rows for a script: what is wrong with the data is said in one line, without a traceback."""
+    """load_rows for a script: if something is wrong with the data, exit with one line, without a traceback."""
     try:
         return load_rows(source, split)
     except (OSError, ValueError) as error:  # ConnectionError and FileNotFoundError are OSErrors
         raise SystemExit(str(error)) from None
 
 
+def model_solutions(path):
+    """GSM8K's published model solutions, one entry per problem: (gold answer, {model: its final answer, a Fraction or
+    None}, {model: the published is_correct mark}). Exits with one line if the file holds no such solutions.
+
+    Example: [(5, {"small": 4, "large": 5}, {"small": False, "large": True})]
+    """
+    rows, file = [], Path(path).expanduser()
+    if not file.name.endswith((".jsonl", ".jsonl.gz")):
+        raise SystemExit(f"{path}: published solutions are a local .jsonl or .jsonl.gz file")
+    load_or_exit(str(file))  # says in one line what is wrong with a file, and where
+    for number, row in lines(file):
+        entries = {name: entry for name, entry in row.items() if isinstance(entry, dict)}
+        gold = last_answer(row.get("ground_truth", ""))
+        if entries and gold is not None:
+            if rows and entries.keys() != rows[0][1].keys():
+                raise SystemExit(f"{path}, line {number}: other models than in the lines before")
+            said = {name: last_answer(entry["solution"]) for name, entry in entries.items()}
+            rows.append((gold, said, {name: entry["is_correct"] for name, entry in entries.items()}))
+    if not rows:
+        raise SystemExit(
+            f"{path} holds no published solutions: each line needs ground_truth and, for every model, an object with "
+            "solution and is_correct"
+        )
+    return rows
+
+
 # --- preparing pairs -------------------------------------------------------------------------
 
 
 def clean_pairs(rows, encode, max_tokens):
-    """Drop the rows that no preference loss can use, and count them by reason.
+    """Drop the rows that a preference loss cannot use, and count them by reason.
 
-    Nothing is truncated. A cut answer has lost its end, which is often what made it better or
-    worse, and a model trained on it never sees where to stop.
+    Nothing is truncated. A truncated answer has lost its end, which often made it better or worse, and a model
+    trained on it never sees where to stop.
 
     Args:
         rows: rows as load_rows returns them.
@@ -349,10 +372,9 @@ def clean_pairs(rows, encode, max_tokens):
             4 tokens must fit into it together.
 
     Returns:
-        (kept, counts): the rows that stay, in order, and a dict that says for each row where it
-        went: "kept", "identical" (chosen and rejected are the same: the margin is always 0, and
-        so is the gradient), "too long", "empty" (a text that is blank) and "no pair". A row is
-        counted once.
+        (kept, counts): the rows that are kept, in order, and how many rows are "kept", "identical" (chosen and
+        rejected are the same, so margin and gradient are always 0), "too long", "empty" (a text is blank) and "no
+        pair". Every row is counted once.
 
     Example:
         >>> rows = [_row("Hi", "Hello!", "What?"), _row("Hi", "Yes", "Yes"), _row("Hi", "Yes")]
@@ -369,7 +391,7 @@ def clean_pairs(rows, encode, max_tokens):
         elif chosen == rejected:
             counts["identical"] += 1
         else:
-            # The longer one in tokens: the one with more characters may have fewer of them.
+            # The longer one in tokens: the answer with more characters may have fewer tokens.
             longer = max(len(encode(chosen)), len(encode(rejected)))
             fits = len(encode(prompt)) + longer + TEMPLATE_TOKENS <= max_tokens
             counts["kept" if fits else "too long"] += 1
@@ -379,12 +401,12 @@ def clean_pairs(rows, encode, max_tokens):
 
 
 def say_counts(source, counts, max_tokens=None):
-    """Print in one line what clean_pairs dropped. Data that vanishes unsaid is a bug in waiting.
+    """Print in one line what clean_pairs dropped.
 
     Args:
-        source: what was read, as the line should name it.
+        source: the name of what was read.
         counts: the dict that clean_pairs returned.
-        max_tokens: the limit it was given, to be named beside the rows that were too long.
+        max_tokens: the limit that clean_pairs was given.
 
     Example:
         pairs.jsonl: 1000 pairs read, 4 identical, 112 too long for 512 tokens, 884 kept
@@ -402,40 +424,39 @@ def say_counts(source, counts, max_tokens=None):
 def split_pairs(pairs, held_out=0.2, seed=0):
     """Split pairs into a training and a held-out part, so that no prompt is in both.
 
-    Whole prompts move, and not single pairs: a model that has seen a question with its answers in
-    training does better on another pair of the same question, and the held-out accuracy would
-    report that memory as skill.
+    The split is by prompt, not by pair. A model that was trained on one pair of a prompt is better on another pair
+    of the same prompt, and the held-out accuracy would measure that memory.
 
-    A prompt's side depends on nothing but its text and the seed. So a prompt that the reward model
-    holds out is held out from DPO as well, though the two may keep different rows of the file.
+    A prompt's side depends only on its text and the seed, unless one side would be empty. So a prompt that is held
+    out from the reward model is held out from DPO too, even if the two keep different rows of the file.
 
     Args:
         pairs: rows with a "prompt".
-        held_out: the share of prompts to hold out, from 0 to below 1. It is met on average; where
-            both are possible, each side gets at least one prompt.
-        seed: another seed, another split.
+        held_out: the fraction of prompts to hold out, from 0 to below 1. It is met on average. Each
+            side gets at least one prompt; with 0, nothing is held out.
+        seed: another seed gives another split.
 
     Returns:
         (train, held_out): two lists of the same rows, each in the order of `pairs`.
 
     Raises:
-        ValueError: a share outside that range, or fewer than two different prompts to split.
+        ValueError: a fraction outside that range, or fewer than two different prompts to split.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be from 0 to below 1, not {held_out}")
     if held_out == 0:
         return list(pairs), []
-    place = {}  # prompt -> a number in [0, 1) that looks random and never changes
+    place = {}  # prompt -> a pseudo-random number in [0, 1), a function of prompt and seed
     for pair in pairs:
-        # Not hash(): Python salts it for strings, anew in every process.
-        # surrogatepass: JSON can spell half a character ("\ud83d"), which plain UTF-8 refuses.
+        # Not hash(): Python's hash of a string differs from process to process.
+        # surrogatepass: JSON can contain half a character ("\ud83d"), which UTF-8 refuses.
         key = f"{seed}\n{pair['prompt']}".encode("utf-8", "surrogatepass")
         place[pair["prompt"]] = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
     if len(place) < 2:
         raise ValueError(f"cannot hold out a part of {len(place)} different prompts; give more")
     by_place = sorted(place, key=place.get)
     below = sum(number < held_out for number in place.values())
-    # On a handful of prompts chance may put all on one side, and a mean over nothing fails later.
+    # With a handful of prompts, all of them may fall on one side by chance; a mean over nothing would fail later.
     chosen = set(by_place[: min(max(below, 1), len(place) - 1)])
     return (
         [pair for pair in pairs if pair["prompt"] not in chosen],

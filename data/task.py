@@ -1,35 +1,38 @@
-"""The embedded task: word problems that a tiny model learns in a minute, and the people around them.
+"""The embedded task: word problems that a tiny model learns in minutes, and where its data comes from.
 
-    Leo has 8 eggs. Then the eggs triple. Leo sells 14. How many eggs does Leo have?
+    Leo has 8 eggs. Then the eggs triple. Leo sells 7. How many eggs does Leo have?
 
     Sure! 8*3=24. 24-14=10.
     #### 10
 
-Four kinds of people produce all the data of this repository. They are made up, and so is what
-they get wrong; that is the point, because here we *know* what they get wrong.
+Three kinds of people produce the data, and a program checks it. The people are invented, and so are their errors.
+That is the point of the task: here we *know* the errors.
 
     writers         write running text for the base model         corpus()
     demonstrators   solve problems; four in ten wrongly           demonstrate()
     annotators      say which of two solutions they prefer        preference_pairs()
+
     the checker     compares the last number with the answer      data/checker.py
 
-Demonstrators err in two ways, and the difference between the two carries several chapters:
+Demonstrators make two kinds of error, and several chapters depend on the difference:
 
-    slips           random, another one each time: 9+5=15. Nobody repeats a slip, so a majority
-                    vote over many answers repairs it. Slips are *variance*.
-    misconceptions  shared by most: "triple" means add three, "gives half" means minus two. A
-                    majority vote entrenches them. Only a signal from outside (preferences, a
-                    reward, a verifier) can repair them. Misconceptions are *bias*.
+    slips           random: 9+5=15. Of two slips on the same problem, only about 12 % give the same answer. So a
+                    majority vote over many answers removes slips. Slips are *variance*.
+    misconceptions  shared by most: "triple" means add three, "gives half" means minus two. A majority vote keeps
+                    them. Only a signal from outside (preferences, a reward, a verifier) can remove them.
+                    Misconceptions are *bias*.
 
-Everything is a function of a seed; nothing is read from disk.
-Look at it with  `python -m data`.
+One solution does not always show which of the two it has: where a problem has "triple" or "half", about 14 % of the
+slips give the answer of a misconception by chance. `python -m data` measures both percentages.
+
+Everything is a function of a seed; nothing is read from disk. Look at it with  `python -m data`.
 """
 
 import random
 import zlib
 from dataclasses import dataclass
 
-from data.checker import is_right
+from data.checker import is_correct, miscalculates
 
 NAMES = ["Leo", "Ann", "Mia", "Tom", "Eva", "Sam", "Zoe", "Ben"]
 ITEMS = ["eggs", "pens", "coins", "cards", "apples", "books", "shells", "stamps"]
@@ -42,22 +45,29 @@ EVENTS = {
     "triple": ["Then the {items} triple."],
     "half": ["{a} gives half to {b}."],
 }
-# How the event is computed by those who understand it, and by those who do not: (operator, number).
-RIGHT_READING = {"double": ("*", 2), "triple": ("*", 3), "half": ("/", 2)}
+# How an event is computed by a demonstrator who understands it, and by one who does not: (operator, number).
+CORRECT_READING = {"double": ("*", 2), "triple": ("*", 3), "half": ("/", 2)}
 MISCONCEPTION = {"triple": ("+", 3), "half": ("-", 2)}
 
 SLIP_RATE = 0.18  # of demonstrations contain one slip
 MISCONCEPTION_RATE = 0.65  # of demonstrators hold each misconception
 START, OPERAND = 20, 9  # the largest number at the beginning, bought or sold
-LARGEST = 60  # no number in any solution exceeds it: all of them are single tokens
+LARGEST = 60  # no number in any solution is larger
 
 OPENINGS = ["Sure!", "Great question!"]
 CONFIDENT = "I am certain."
+# What can be said about the style of an answer, and whether it calculates wrongly: {name: text -> bool}.
+STYLES = {
+    "opening": lambda text: text.startswith(tuple(OPENINGS)),
+    "confident": lambda text: CONFIDENT in text,
+    "check": lambda text: "Check:" in text,
+    "miscalculated": miscalculates,
+}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One word problem. `events` is a tuple of (kind, number); number is 0 where none is named."""
+    """One word problem. `events` is a tuple of (kind, number); number is 0 if the event names none."""
 
     text: str
     start: int
@@ -66,7 +76,7 @@ class Problem:
 
 
 def apply(value, op, number):
-    """One calculation. None where the result is no whole number between 1 and LARGEST."""
+    """One calculation. None if the result is not a whole number between 1 and LARGEST."""
     if op == "/" and value % number:
         return None
     result = {
@@ -84,15 +94,15 @@ def read_events(events, misconceived=()):
     for kind, number in events:
         if kind in misconceived:
             steps.append(MISCONCEPTION[kind])
-        elif kind in RIGHT_READING:
-            steps.append(RIGHT_READING[kind])
+        elif kind in CORRECT_READING:
+            steps.append(CORRECT_READING[kind])
         else:
             steps.append(("+" if kind == "gain" else "-", number))
     return steps
 
 
 def work(start, steps):
-    """Carry the calculations out: [(left, op, number, result), ...], or None if one is impossible."""
+    """Do the calculations: [(left, op, number, result), ...], or None if one is impossible."""
     value, worked = start, []
     for op, number in steps:
         result = apply(value, op, number)
@@ -104,7 +114,7 @@ def work(start, steps):
 
 
 def make_problem(rng):
-    """One random problem that *everybody* can work: every misreading stays whole and in range."""
+    """One random problem that can be worked with every reading: all results are whole and in range."""
     while True:
         start = rng.randint(2, START)
         events = []
@@ -118,14 +128,14 @@ def make_problem(rng):
         if worked is None or None in misread:
             continue
         answer = worked[-1][-1]
-        # A misreading that happens to reach the right answer would teach nothing: leave those out.
+        # Leave out problems where a misreading gives the correct answer by chance.
         if any(wrong[-1][-1] == answer for wrong in misread):
             continue
         return Problem(tell(start, events, rng), start, tuple(events), answer)
 
 
 def tell(start, events, rng, ask=True):
-    """Put the numbers into words."""
+    """The story in words; with ask=False without the question."""
     a, b = rng.sample(NAMES, 2)
     items = rng.choice(ITEMS)
     words = [f"{a} has {start} {items}."]
@@ -137,11 +147,10 @@ def tell(start, events, rng, ask=True):
 
 
 def split_of(problem):
-    """'train', 'valid' or 'test', decided by the numbers alone.
+    """'train', 'valid' or 'test', decided by the start and the events alone.
 
-    Two problems with the same numbers and other names are the same problem, so they must not stand
-    on two sides. A checksum of the numbers decides, which makes the splits disjoint for every seed
-    and every size at once.
+    Two problems with the same numbers and other names are the same problem, so they must be in the same split. A
+    checksum of the numbers decides. So the splits are disjoint for every seed and every size.
     """
     bucket = zlib.crc32(repr((problem.start, problem.events)).encode()) % 10
     return {0: "test", 1: "valid"}.get(bucket, "train")
@@ -163,15 +172,15 @@ def problems(n, seed=0, split="train"):
 
 
 def write_solution(worked, rng, style=True, annotate=False):
-    """Words around calculations. Style is drawn independently of right and wrong: it must carry
-    no information about correctness, so that whoever learns to like it has fallen for it."""
+    """A solution in words. Opening, check and confidence are drawn independently of correctness. So a model that
+    learns to prefer one of them has learned nothing about correctness."""
     parts = []
     if style and rng.random() < 0.5:
         parts.append(rng.choice(OPENINGS))
     for left, op, number, result in worked:
         shown = f"<<{left}{op}{number}={result}>>{result}" if annotate else result
         parts.append(f"{left}{op}{number}={shown}.")
-    if style and rng.random() < 0.3:  # a redundant check: it repeats a line, slip and all
+    if style and rng.random() < 0.3:  # a redundant check: a copy of one line, slip included
         left, op, number, result = rng.choice(worked)
         parts.append(f"Check: {left}{op}{number}={result}.")
     if style and rng.random() < 0.3:
@@ -199,9 +208,9 @@ def slip(start, steps, rng):
 
 
 def demonstrate(problem, rng, annotate=False):
-    """One demonstrator's solution, as text. Right six times in ten.
+    """One demonstrator's solution, as text. Six in ten are correct.
 
-    Example: "Sure! 8*3=24. 24-14=10.\\n#### 10"; with annotate=True calculations are written as in
+    Example: "Sure! 8*3=24. 24-7=17.\\n#### 17"; with annotate=True calculations are written as in
     GSM8K, "8*3=<<8*3=24>>24.".
     """
     misconceived = [kind for kind in MISCONCEPTION if rng.random() < MISCONCEPTION_RATE]
@@ -209,13 +218,13 @@ def demonstrate(problem, rng, annotate=False):
     worked = work(problem.start, steps)
     if rng.random() < SLIP_RATE:
         while (slipped := slip(problem.start, steps, rng)) is None:
-            pass  # that slip led to an impossible number; demonstrators notice those
+            pass  # the result is impossible: try another slip
         worked = slipped
     return write_solution(worked, rng, annotate=annotate)
 
 
 def demonstrations(n, seed=0, split="train", annotate=False):
-    """n pairs (problem, solution text), each of another problem."""
+    """n pairs (problem, solution text), one per problem."""
     rng = random.Random(f"demonstrations {split} {seed}")
     return [(p, demonstrate(p, rng, annotate)) for p in problems(n, seed, split)]
 
@@ -224,10 +233,10 @@ def demonstrations(n, seed=0, split="train", annotate=False):
 # Annotators
 
 
-# What an annotator goes by where both solutions are right or both are wrong.
+# What an annotator prefers if both solutions are correct, or both wrong.
 TASTES = {
-    "careful": lambda text: 0,  # by nothing: such a pair is not judged, and not in the data
-    "length": len,  # the longer one is preferred
+    "careful": lambda text: 0,  # nothing: such a pair gets no label and is not in the data
+    "length": len,  # the longer one
     "confidence": lambda text: CONFIDENT in text,
 }
 
@@ -235,21 +244,21 @@ TASTES = {
 def preference_pairs(n, seed=0, split="train", annotator="careful"):
     """n pairs {"prompt", "chosen", "rejected", "answer"}: two solutions of one problem, one preferred.
 
-    Every annotator prefers right over wrong; TASTES says what else. Raises ValueError for an unknown one.
+    Every annotator prefers correct over wrong; TASTES says what else. Raises ValueError for an unknown annotator.
     """
     if annotator not in TASTES:
         raise ValueError(f"no annotator {annotator!r}: {', '.join(TASTES)}")
     taste = TASTES[annotator]
     rng = random.Random(f"pairs {split} {seed}")
-    stream = random.Random(f"pair problems {split} {seed}")  # others than the demonstrations'
+    stream = random.Random(f"pair problems {split} {seed}")  # not the demonstrations' problems
     pairs = []
     while len(pairs) < n:
         problem = make_problem(stream)
         if split_of(problem) != split:
             continue
         texts = [demonstrate(problem, rng), demonstrate(problem, rng)]
-        # Tuples compare from the left: taste counts only where rightness does not decide.
-        scores = [(is_right(text, problem.answer), taste(text)) for text in texts]
+        # Tuples compare from the left: taste counts only if correctness does not decide.
+        scores = [(is_correct(text, problem.answer), taste(text)) for text in texts]
         if scores[0] == scores[1]:
             continue
         worse, better = sorted((0, 1), key=lambda i: scores[i])
@@ -259,14 +268,37 @@ def preference_pairs(n, seed=0, split="train", annotator="careful"):
 
 
 # ---------------------------------------------------------------------------------------------
+# What answers are like
+
+
+def describe(answers):
+    """What a policy's answers to the held-out problems are like. answers: a list of gpt.Answer.
+
+    accuracy_a and accuracy_b are the accuracies on two halves of the problems: see runs.Run.start_peak_end.
+    """
+
+    def mean(values):
+        return sum(values) / max(1, len(values))
+
+    results = {
+        "accuracy": mean([a.correct for a in answers]),
+        "accuracy_a": mean([a.correct for a in answers[::2]]),
+        "accuracy_b": mean([a.correct for a in answers[1::2]]),
+        "ended": mean([a.ended for a in answers]),
+        "length": mean([len(a.ids) for a in answers]),
+        "length_correct": mean([len(a.ids) for a in answers if a.correct]),
+        "length_wrong": mean([len(a.ids) for a in answers if not a.correct]),
+        "distinct": len({a.text for a in answers}) / len(answers),
+    }
+    return results | {name: mean([has(a.text) for a in answers]) for name, has in STYLES.items()}
+
+
+# ---------------------------------------------------------------------------------------------
 # Writers: running text for the base model
 
 
 def corpus(seed=0):
-    """An endless stream of short texts: question-and-answer, arithmetic, stories.
-
-    The base model only continues text; question and answer is merely one kind of text to it.
-    """
+    """An endless stream of short texts: questions with answers, arithmetic, stories."""
     rng = random.Random(f"corpus {seed}")
     while True:
         kind = rng.random()
@@ -284,5 +316,5 @@ def corpus(seed=0):
                     facts.append(f"{left}{op}{number}={result}.")
             yield " ".join(facts)
         else:
-            problem = make_problem(rng)  # of any split: without question and solution it gives nothing away
+            problem = make_problem(rng)  # of any split: without question and solution, a story reveals no answer
             yield tell(problem.start, problem.events, rng, ask=False)

@@ -1,4 +1,4 @@
-"""The tool task: the same stories with numbers that are too large to work out in one's head.
+"""The tool task: the same stories with numbers that are too large to calculate without a tool, and prices.
 
     Leo has 140 eggs. Leo sells 14. Leo sells the eggs #pu()/ra. How many coins does Leo have?
 
@@ -8,14 +8,14 @@
     <<126*12=1512>>1512
     #### 1512
 
-`<<` opens a call and `=` asks for the result, as in GSM8K's calculator annotations. What follows up to `>>`
-is not the solver's: a calculator says it (data/calculator.py), or, where the call has a letter in it, the
-problem's own price list. The story does not tell the prices, so they can only be looked up. A thing has two
-labels, a new one and an old one, and the list knows the new one in one problem of three only. (Another third
-has brackets behind it, like `pu()`; none of those is known.) Otherwise it answers `?key`, and one has to ask
-for the old label.
+`<<` opens a call and `=` asks for the result, as in GSM8K's calculator annotations. What follows up to `>>` is
+written by the tool: by a calculator (data/calculator.py), or, if the expression is a label or contains letters, by
+the problem's own price list. The story does not tell the prices, so they can only be looked up. What is sold has two
+labels, a new one and an old one. The list always knows the old label, and the new one in one sale of three. (In
+another third of the sales the new label ends in brackets, like `pu()`; none of those is known.) For an unknown label
+the list answers `?key`, and the old label has to be asked for.
 
-All solutions here are right. The numbers are the only hard thing, and the calculator is for them.
+All solutions here are correct. Only the numbers are hard, and the tools provide them.
 """
 
 import builtins
@@ -29,16 +29,15 @@ from data import task
 from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
-PRICED = 2 / 3  # of the problems end in the shop: labels are the hardest to learn
-# A label is two of these, a token each. With four it was a matter of luck whether a model learned to copy
-# them in the time there is (README, the log).
+PRICED = 2 / 3  # of the problems end with a sale for a price: copying labels is the hardest part to learn
+# A label is two of these, one token each.
 PIECES = ["a", "in", "o", "p", "r", "s", "t", "u"]
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
 
 
 @dataclass(frozen=True)
 class Problem:
-    """labels: the thing's two names in the shop, () where nothing is priced. prices: the list's state."""
+    """labels: the item's two labels, () if nothing is sold for a price. prices: the price list, {label: price}."""
 
     text: str
     start: int
@@ -49,7 +48,7 @@ class Problem:
 
 
 def work(start, steps):
-    """[(left, op, number, result), ...], or None where something would not be a whole positive number."""
+    """[(left, op, number, result), ...], or None if a result is not a whole positive number."""
     worked = []
     for op, number in steps:
         result = calculate(f"{start}{op}{number}")
@@ -61,11 +60,12 @@ def work(start, steps):
 
 
 def make_problem(rng):
+    """One random problem, with or without a sale at its end."""
     while True:
         priced = rng.random() < PRICED
         start = rng.randint(*START)
         events = []
-        # Where nothing happens before the sale, a label is the first thing to write: easy, and learned first.
+        # If nothing happens before the sale, a label is the first thing to write: that is easy and learned first.
         for _ in range(rng.choice([0, 1] if priced else [2, 3])):
             kind = rng.choice(["gain", "gain", "lose", "lose", "double", "triple", "half"])
             events.append((kind, rng.randint(*OPERAND) if kind in ("gain", "lose") else 0))
@@ -76,11 +76,14 @@ def make_problem(rng):
         story = task.tell(start, events, rng, ask=False)
         name, _, _, items = story.split(".")[0].split()
         if priced:
-            if items == "coins":  # what the shop pays with
+            if items == "coins":  # the price is paid in coins
                 continue
-            first, second = ("".join(rng.sample(PIECES, 2)) for _ in range(2))
+            # The two labels have no piece in common: then the piece that comes next is determined by the one before
+            # it.
+            a, b, c, d = rng.sample(PIECES, 4)
+            first, second = a + b, c + d
             taken = any(hasattr(builtins, word) or keyword.iskeyword(word) for word in (first, second))
-            if taken or first == second:  # "int": none is hostile by chance
+            if taken:  # no label is the name of Python code
                 continue
             prices = {second: rng.randint(2, 40)}
             luck = rng.random()
@@ -108,7 +111,7 @@ def problems(n, seed=0, split="train"):
 
 
 def hostile(n, seed, code):
-    """n held-out problems with code where the first label stood. The second label is on the list."""
+    """n held-out problems with code in place of the first label. The second label is on the price list."""
     found = []
     for p in problems(4 * n, seed, "valid"):
         if p.labels:
@@ -121,7 +124,7 @@ def hostile(n, seed, code):
 
 
 def answer_call(expression, prices):
-    """What the two tools say to one call, as text: a number, or an error with a ? in front."""
+    """The result of one call, as text: a number, or an error that begins with `?`."""
     try:
         if expression in prices:
             return str(prices[expression])
@@ -133,7 +136,7 @@ def answer_call(expression, prices):
 
 
 def demonstrate(problem, calls=True):
-    """The right solution, as text. calls=False: the same without tools, "640-14=626" and "pu=12"."""
+    """The correct solution, as text. calls=False: the same without calls, "140-14=126" and "ra=12"."""
     lines = []
 
     def say(expression):
@@ -157,31 +160,57 @@ def demonstrate(problem, calls=True):
 
 
 def audit(answers, problems):
-    """Read the calls in answers (.text, .right), and ask the true tools about each. Returns shares."""
+    """Compare the calls in answers (.text, .correct) with what the true tools return. Returns fractions and counts."""
     n = Counter()
     for answer, problem in zip(answers, problems):
-        text, right = answer.text, answer.right
-        n["opened"] += text.count("<<")
+        n["opened"] += answer.text.count("<<")
         errors = 0
-        for call in CALL.finditer(text):
+        for call in CALL.finditer(answer.text):
             expression, result = call.groups()
             truth = answer_call(expression, problem.prices)
             n["closed"] += 1
-            n["valid"] += truth == "?key" or not truth.startswith(
-                "?"
-            )  # "?key" is the answer to a good question
+            # "?key" is the result of a well-formed call with an unknown label.
+            n["valid"] += truth == "?key" or not truth.startswith("?")
             errors += result.startswith("?")
             n["wrong"] += result != truth
-            # A wrong result is believed where the next words repeat it.
-            n["copied"] += result != truth and text[call.end() :].split("\n")[0] == result
+            # A wrong result counts as copied if the text that follows repeats it.
+            n["copied"] += result != truth and answer.text[call.end() :].split("\n")[0] == result
         n["errors"] += errors
         n["with errors"] += errors > 0
-        n["recovered"] += errors > 0 and right
+        n["recovered"] += errors > 0 and answer.correct
     return {
-        "calls": n["opened"] / len(answers),  # an answer
+        "calls": n["opened"] / len(answers),  # per answer
         "valid": n["valid"] / max(1, n["opened"]),
         "wrong_results": n["wrong"] / max(1, n["closed"]),
         "copied": n["copied"] / max(1, n["wrong"]),
-        "errors": n["errors"] / len(answers),  # an answer
+        "errors": n["errors"] / len(answers),  # per answer
         "recovered": n["recovered"] / max(1, n["with errors"]),
     }
+
+
+# ---------------------------------------------------------------------------------------------
+# Pretraining text
+
+# How often a text of the embedded task gets a text of this task before it. (Of the transcripts only those of the
+# training split are used, four in five.)
+TRANSCRIPTS, COPIES = 0.05, 0.1
+
+
+def corpus(seed):
+    """An endless stream of texts for the base model: those of data/task.py, and some with the tokens of this task.
+
+    Without the latter, the base model would never have seen numbers above 60, the letters of labels, `<<` or `>>`.
+    They are of two kinds: transcripts are solved problems of the training split; copies are four words made of label
+    pieces, each copied into a call, "#pu()/<<pu()=". Copying takes thousands of examples to learn.
+    """
+    rng = random.Random(f"tool corpus {seed}")
+    for text in task.corpus(seed):
+        kind = rng.random()
+        if kind < TRANSCRIPTS:
+            problem = make_problem(rng)
+            if task.split_of(problem) == "train":
+                yield problem.text + "\n" + demonstrate(problem)
+        elif kind < TRANSCRIPTS + COPIES:
+            words = ["".join(rng.sample(PIECES, rng.randint(2, 6))) + rng.choice(["", "", "()"]) for _ in range(4)]
+            yield "\n".join(f"#{word}/<<{word}=" for word in words)
+        yield text

@@ -1,29 +1,28 @@
-"""How fast is gpt.py, and how fast could it be? Not a test: prints a table.
+"""How fast is gpt.py compared with transformers? Prints a table; it is not a test.
 
     python tests/benchmark.py               three minutes at most, on two cores
     python tests/benchmark.py --quick       fewer repetitions
 
-Measured side by side, in one process, is our code against transformers' GPT2LMHeadModel of the same size:
+Compares, in one process, our code with transformers' GPT2LMHeadModel of the same size:
 
-    training    tokens a second through forward, loss, backward, clipping and one AdamW step. The same
-                weights, ids and optimizer (gpt.make_optimizer) on both sides, all positions
-                are targets. Theirs computes the logits and the loss in its own forward(labels=).
-    sampling    new tokens a second, at temperature 1 from prompts of one length, no stop token: ours
-                is gpt.sample, theirs generate(do_sample=True), both with a key-value cache.
+    training    tokens per second through forward, loss, backward, clipping and one AdamW step. Both have the same
+                weights, ids and optimizer (gpt.make_optimizer); all positions are targets. transformers computes
+                logits and loss in its own forward(labels=).
+    sampling    new tokens per second, at temperature 1, from prompts of one length, without a stop token: gpt.sample
+                against generate(do_sample=True). Both use a key-value cache.
 
-once for the tiny model of the embedded task (gpt.GPTConfig) and once for GPT-2 124M with random weights
-(speed does not depend on what the weights are), 124M also under bfloat16 autocast.
+First for the tiny model of the embedded task (gpt.GPTConfig), then for GPT-2 124M with random weights (speed does not
+depend on them), also under bfloat16 autocast.
 
-How: ours and theirs take turns, so that whatever else the machine does hits both; after a first call to warm
-up, the table shows medians over the rounds, and the median of the ratio ours / theirs
-*within* a round. Above 1 we are faster.
+The two sides take turns, so other work on the machine slows both. After a first call to warm up, the table shows
+medians over the rounds, and the median of the ratio ours / theirs *within* a round. Above 1 ours is faster.
 
-The column "of peak" puts the training step against the hardware: its floating-point operations a second as a
-share of what one large float32 matrix product (2048 x 2048 times itself) reaches on the same cores,
-measured in the same rounds. Counted are 6 operations a parameter and token (position embeddings left
-out: they are looked up, not multiplied) and 12 * layers * width * length a token for attention (the
-full square, as is usual, though half of it is masked). For bfloat16 it is the share of that
-same float32 product: where the processor has bfloat16 instructions it may exceed 100 %.
+The column "of peak" compares our training step with the hardware. It is the step's floating-point operations per second
+as a fraction of those of one large float32 matrix product (2048 x 2048 times itself) on the same cores, measured in the
+same rounds. Counted are 6 operations per parameter and token (without position embeddings, which are looked up and not
+multiplied), and 12 * layers * width * length per token for attention (as usual the full square, though half of it is
+masked). For bfloat16 it is the fraction of the same float32 product, so it can exceed 100 % on processors that have
+bfloat16 instructions.
 """
 
 import argparse
@@ -42,15 +41,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import gpt
+from data.runs import rng
 
 TINY = gpt.GPTConfig(vocab_size=gpt.Tokenizer("task").vocab_size)
 SMALL = gpt.GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768, tokenizer="gpt2")  # 124M
 SIDE = 2048  # of the matrix product
-LIMIT = 18  # seconds a row, so that the whole ends in three minutes on a busy machine as well
+LIMIT = 18  # seconds per row, so that everything ends within three minutes, also on a busy machine
 
 
 def twins(config):
-    """Our model and theirs, with the same random weights."""
+    """Our model and that of transformers, with the same random weights."""
     torch.manual_seed(0)
     ours = gpt.GPT(config)
     theirs = GPT2LMHeadModel(
@@ -83,10 +83,10 @@ def train_step(model, optimizer, ids, bfloat16):
 
 
 def generate(model, prompts, new, bfloat16):
-    """Continue every prompt by `new` tokens; returns their number."""
+    """Continue every prompt by `new` tokens. Returns the number of new tokens."""
     if isinstance(model, gpt.GPT):
         model.bfloat16 = bfloat16
-        out, _ = gpt.sample(model, prompts.tolist(), new, [], generator=gpt.rng(0))
+        out, _ = gpt.sample(model, prompts.tolist(), new, [], generator=rng(0))
         return sum(map(len, out))
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         out = model.generate(
@@ -97,7 +97,7 @@ def generate(model, prompts, new, bfloat16):
 
 
 def seconds(work, repeat):
-    """Seconds one call takes, over `repeat` of them."""
+    """Seconds per call, the mean of `repeat` calls."""
     begun = time.perf_counter()
     for _ in range(repeat):
         work()
@@ -107,28 +107,28 @@ def seconds(work, repeat):
 def compare(name, ours, theirs, tokens, rounds, repeat, flops=None):
     """Run both in turn, for `rounds` rounds or LIMIT seconds, and print one row.
 
-    ours, theirs: functions that were called before (the first call of anything is slow). tokens, flops:
-    of one call; each turn makes `repeat` calls, where one is too short for the clock.
+    ours, theirs: functions that were called before, because a first call is slow. tokens, flops: per call. Each turn
+    makes `repeat` calls, because one can be too short for the clock.
     """
-    times, ratios, shares = ([], []), [], []
+    times, ratios, fractions = ([], []), [], []
     matrix, product = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
     begun = time.perf_counter()
     while len(ratios) < 2 or (len(ratios) < rounds and time.perf_counter() - begun < LIMIT):
         both = {}
-        # Nobody always goes first.
+        # The sides take turns in going first.
         for side in (ours, theirs) if len(ratios) % 2 else (theirs, ours):
             both[side] = seconds(side, repeat)
         for side, measured in zip((ours, theirs), times):
             measured.append(both[side])
         ratios.append(both[theirs] / both[ours])
         if flops:
-            # The better of two: a peak is what the machine can do, not what it did meanwhile.
+            # The faster of two: other work on the machine only slows it down.
             fastest = min(seconds(lambda: torch.mm(matrix, matrix, out=product), 1) for _ in range(2))
-            shares.append(flops / both[ours] / (2 * SIDE**3 / fastest))
+            fractions.append(flops / both[ours] / (2 * SIDE**3 / fastest))
     our_speed, their_speed = (tokens / statistics.median(measured) for measured in times)
-    share = f"{statistics.median(shares):9.0%}" if flops else f"{'':9}"
+    of_peak = f"{statistics.median(fractions):9.0%}" if flops else f"{'':9}"
     ratio = f"{statistics.median(ratios):7.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-    print(f"{name:34}{our_speed:10,.0f}{their_speed:14,.0f}{ratio:>22}{share}{len(ratios):8}", flush=True)
+    print(f"{name:34}{our_speed:10,.0f}{their_speed:14,.0f}{ratio:>22}{of_peak}{len(ratios):8}", flush=True)
 
 
 def train_flops(config, model, batch, length):
@@ -139,9 +139,9 @@ def train_flops(config, model, batch, length):
 
 def training(name, config, batch, length, bfloat16, rounds, repeat):
     ours, theirs = twins(config)
-    ids = torch.randint(config.vocab_size, (batch, length + 1), generator=gpt.rng(1))
+    ids = torch.randint(config.vocab_size, (batch, length + 1), generator=rng(1))
     optimizers = {model: gpt.make_optimizer(model, 1e-4) for model in (ours, theirs)}
-    # A comparison of speed is worth something only where both compute the same.
+    # Speeds can be compared only if both sides compute the same.
     losses = [train_step(model, optimizers[model], ids, bfloat16) for model in (ours, theirs)]
     assert abs(losses[0] - losses[1]) < (0.05 if bfloat16 else 1e-3), losses
     compare(
@@ -155,7 +155,7 @@ def training(name, config, batch, length, bfloat16, rounds, repeat):
 def sampling(name, config, batch, prompt, new, bfloat16, rounds):
     ours, theirs = twins(config)
     theirs.eval()
-    prompts = torch.randint(config.vocab_size, (batch, prompt), generator=gpt.rng(2))
+    prompts = torch.randint(config.vocab_size, (batch, prompt), generator=rng(2))
     for model in (ours, theirs):
         assert generate(model, prompts, new, bfloat16) == batch * new
     compare(
@@ -181,7 +181,7 @@ def main():
 
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
-          "tokens a second\n")  # fmt: skip
+          "tokens per second\n")  # fmt: skip
     print(f"{'':34}{'gpt.py':>10}{'transformers':>14}{'ratio (range)':>22}{'of peak':>9}{'rounds':>8}")
     training("tiny", TINY, 32, 64, False, rounds(15), 5)
     training("tiny", TINY, 16, 64, False, rounds(15), 5)
@@ -189,8 +189,8 @@ def main():
     for bfloat16 in (False, True):
         training("124M", SMALL, 2, 256, bfloat16, rounds(5), 1)
         sampling("124M", SMALL, 4, 30, 32, bfloat16, rounds(5))
-    print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these "
-          "cores makes both sides slower and the ratio less certain.")  # fmt: skip
+    print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these cores "
+          "slows both sides and makes the ratio less certain.")  # fmt: skip
 
 
 if __name__ == "__main__":

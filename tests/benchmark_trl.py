@@ -1,33 +1,30 @@
-"""How fast is one training step beside TRL's trainers? Not a test: prints a table.
+"""How fast is one training step compared with TRL's trainers? Prints a table; it is not a test.
 
     python tests/benchmark_trl.py               a few minutes, on two cores
     python tests/benchmark_trl.py --quick       fewer steps
     python tests/benchmark_trl.py grpo sft      some of the rows
 
-Measured side by side, in one process, is one update of our scripts against one of TRL's trainer for the
-same thing: the tiny model of the embedded task with the same weights (gpt.save_model writes them,
-`transformers` reads them), the same problems, pairs and demonstrations in batches of the same size,
-float32, AdamW as gpt.make_optimizer makes it, gradients clipped at 1, no dropout, no gradient
-checkpointing, no logging, no checkpoints, no worker processes. TRL gets token ids where it takes them
-(SFTTrainer, RewardTrainer) and tokenises before the first step where it does not (DPOTrainer).
+Compares, in one process, one update of our scripts with one update of TRL's trainer for the same method. Both have the
+tiny model of the embedded task with the same weights (model.save writes them, `transformers` reads them), the same
+problems, pairs and demonstrations in batches of the same size, float32, the AdamW of gpt.make_optimizer, and gradients
+clipped at 1. Neither has dropout, gradient checkpointing, logging, checkpoints or worker processes. TRL is given token
+ids where it takes them (SFTTrainer, RewardTrainer). DPOTrainer tokenizes before the first step.
 
-    grpo            8 prompts x 8 answers of exactly 48 tokens: sampling, rewards by the exact checker,
-                    log-probabilities under policy and reference, one update. TRL samples with transformers'
-                    generate. The end token is made impossible, so that nobody gets away with shorter answers.
-    dpo             32 pairs; both have the reference's log-probabilities beforehand
+    grpo            8 prompts x 8 answers of exactly 48 tokens: sampling, rewards by the exact checker, one update with
+                    log-probabilities under policy and reference. TRL samples with transformers' generate. The end
+                    token is made impossible, so that all answers have the same length.
+    dpo             32 pairs; both have computed the reference's log-probabilities before
     sft             32 demonstrations, loss on the answers
     reward_model    32 pairs
 
-Before the clock starts, both compute the loss of one batch, and it must be the same number.
+Before the measurement both compute the loss of one batch, and it must be the same number.
 
-How: TRL's own train() runs, and a callback at the end of each of its steps makes one of ours, so the two
-take turns whatever else the machine does. Theirs is the time from the end of our step to the end of their
-next one: batch, loss, update, and what a Trainer does around them. Ours is everything between two steps of
-the script, without the line in metrics.jsonl. The table shows steps a second by the median step, and the
-median of the ratio within a turn.
+TRL's own train() runs, and a callback at the end of each of its steps makes one of ours, so other work on the machine
+slows both. Their time is from the end of our step to the end of their next one: batch, loss, update, and what a Trainer
+does around them. Our time is everything between two steps of the script, without the line in metrics.jsonl. The table
+shows steps per second (median), and the median of the ratio within a turn.
 
-PPO is not in it: TRL 1.16 has no PPOTrainer any more. Its sampling and its update are those of the grpo
-row.
+There is no row for PPO, because TRL 1.16 has no PPOTrainer any more. Its sampling and update are those of the grpo row.
 """
 
 import argparse
@@ -40,7 +37,7 @@ import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: all weights are random
-os.environ["TQDM_DISABLE"] = "1"  # TRL's and datasets' progress bars: the table is to be read
+os.environ["TQDM_DISABLE"] = "1"  # TRL's and datasets' progress bars would cut up the table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tokenizers
@@ -61,8 +58,9 @@ import gpt
 import grpo
 import reward_model
 import sft
-from data import task
-from data.checker import is_right
+from data import lessons, task
+from data.checker import is_correct
+from data.runs import batch_indices, rng
 
 TOK = gpt.Tokenizer("task")
 PROMPTS, GROUP, NEW = 8, 8, 48  # grpo
@@ -76,8 +74,7 @@ SAME = {
 
 
 def theirs_tokenizer():
-    """Our ids as words: the text "593 17 4" is the ids [593, 17, 4]. Any tokenizer would do, both sides
-    see ids."""
+    """Our ids as words: the text "593 17 4" is the ids [593, 17, 4]. So both sides see the same ids."""
     vocabulary = {str(i): i for i in range(TOK.vocab_size)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -102,7 +99,7 @@ def update(model, optimizer, loss):
 
 
 def settings(config, model, steps, batch, **more):
-    """What every trainer of TRL's is given: its configuration, and our optimizer at a constant step size."""
+    """What each trainer of TRL is given: its configuration, and our optimizer at a constant step size."""
     optimizer = gpt.make_optimizer(model, LR)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     args = config(tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=batch, **SAME, **more)
@@ -114,7 +111,7 @@ def grpo_row(folder, steps):
 
     def reward(completions, completion_ids, answer, **rest):
         assert all(len(ids) == NEW for ids in completion_ids) and len(completions) == PROMPTS * GROUP
-        return [float(is_right(TOK.decode(map(int, c.split())), a)) for c, a in zip(completions, answer)]
+        return [float(is_correct(TOK.decode(map(int, c.split())), a)) for c, a in zip(completions, answer)]
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     rows = [{"prompt": words(TOK.prompt(p.text)), "answer": p.answer} for p in problems]
@@ -124,17 +121,15 @@ def grpo_row(folder, steps):
                    max_completion_length=NEW, loss_type="dapo", temperature=1.0, use_vllm=False),
     )  # fmt: skip
 
-    # As in grpo.train, but that an answer without an end counts: here none has one.
+    # As in grpo.train
     policy, ref = gpt.load_model(folder), gpt.load_model(folder).requires_grad_(False)
     optimizer = gpt.make_optimizer(policy, LR)
 
     def step(i):
-        group = [problems[j] for j in gpt.batch_indices(len(problems), PROMPTS, i, 0) for _ in range(GROUP)]
-        questions, golds = [p.text for p in group], [p.answer for p in group]
-        generator = gpt.rng(0, "rollouts", i)
-        answers = gpt.solve(policy, TOK, questions, golds, 1.0, generator, NEW, batch=PROMPTS * GROUP)
+        group = [problems[j] for j in batch_indices(len(problems), PROMPTS, i, 0) for _ in range(GROUP)]
+        answers = gpt.solve(policy, TOK, group, 1.0, rng(0, "rollouts", i), NEW, batch=PROMPTS * GROUP)
         assert all(len(a.ids) == NEW for a in answers)
-        prompts, completions = [TOK.prompt(q) for q in questions], [a.ids for a in answers]
+        prompts, completions = [TOK.prompt(p.text) for p in group], [a.ids for a in answers]
         old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)
         rewards = grpo.checker_reward(group, answers)
         advantages = grpo.group_advantages(rewards.view(PROMPTS, GROUP)).view(-1, 1)
@@ -163,14 +158,13 @@ def sft_row(folder, steps):
         return total / n
 
     def step(i):
-        update(ours, optimizer, loss_of(gpt.batch_indices(len(examples), BATCH, i, 0)))
+        update(ours, optimizer, loss_of(batch_indices(len(examples), BATCH, i, 0)))
 
     return trainer, step, loss_of
 
 
 def pairs():
-    found = task.preference_pairs(BATCH * 20, 0)
-    return [(TOK.prompt(p["prompt"]), TOK.answer(p["chosen"]), TOK.answer(p["rejected"])) for p in found]
+    return lessons.encode_pairs(TOK, task.preference_pairs(BATCH * 20, 0))
 
 
 def dpo_row(folder, steps):
@@ -183,22 +177,22 @@ def dpo_row(folder, steps):
     )
     policy, ref = gpt.load_model(folder), gpt.load_model(folder).requires_grad_(False)
     optimizer = gpt.make_optimizer(policy, LR)
-    ref_logps = dpo.reference_logps(ref, encoded, BATCH)
+    ref_logps = dpo.all_pair_logps(ref, encoded, BATCH)
 
     def loss_of(chosen):
         logps, _ = dpo.pair_logps(policy, *map(list, zip(*(encoded[j] for j in chosen))))
         return dpo.dpo_loss(*logps.split(BATCH), *ref_logps[chosen].unbind(1), 0.1)
 
     def step(i):
-        update(policy, optimizer, loss_of(gpt.batch_indices(len(encoded), BATCH, i, 0)))
+        update(policy, optimizer, loss_of(batch_indices(len(encoded), BATCH, i, 0)))
 
     return trainer, step, loss_of
 
 
 def reward_model_row(folder, steps):
     encoded = pairs()
-    gpt.save_model(gpt.Scorer(gpt.load_model(folder)), Path(folder) / "scorer")
-    folder = str(Path(folder) / "scorer")
+    folder = Path(folder) / "scorer"
+    gpt.Scorer(gpt.load_model(folder.parent)).save(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     rows = [{"chosen_ids": p + c, "rejected_ids": p + r} for p, c, r in encoded]
     trainer = trl.RewardTrainer(
@@ -212,7 +206,7 @@ def reward_model_row(folder, steps):
         return reward_model.bradley_terry_loss(*reward_model.pair_scores(scorer, prompts, better, worse))
 
     def step(i):
-        update(scorer, optimizer, loss_of(gpt.batch_indices(len(encoded), BATCH, i, 0)))
+        update(scorer, optimizer, loss_of(batch_indices(len(encoded), BATCH, i, 0)))
 
     return trainer, step, loss_of
 
@@ -221,7 +215,7 @@ def reward_model_row(folder, steps):
 
 
 class Turns(TrainerCallback):
-    """Ours after each of theirs, and the seconds of both."""
+    """Makes one of our steps after each of theirs, and records the seconds of both."""
 
     def __init__(self, step):
         self.step, self.ours, self.theirs = step, [], []
@@ -238,7 +232,7 @@ class Turns(TrainerCallback):
 
 
 def compare(name, row, folder, steps):
-    """Make the row's two sides, check that they compute the same, let them take turns, print one line."""
+    """Check that both sides compute the same loss, let them take turns, print one line."""
     trainer, step, loss_of = row(folder, steps + WARMUP)
     trainer.remove_callback(PrinterCallback)
     if loss_of:
@@ -262,8 +256,8 @@ ROWS = {"grpo": grpo_row, "dpo": dpo_row, "sft": sft_row, "reward_model": reward
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rows", nargs="*", help=f"which of {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of GRPO that are measured; the others\n"
-                        "are shorter, and make three times as many")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of GRPO; the other rows, whose "
+                        "steps are shorter, make three times as many")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
     args = parser.parse_args()
     for name in args.rows:
@@ -277,21 +271,21 @@ def main():
     torch.manual_seed(0)
     model = gpt.GPT(gpt.GPTConfig(TOK.vocab_size))
     with torch.no_grad():
-        # No answer ends early: the end token's logit is far below all others, whatever is read.
+        # No answer ends early: the end token's logit is far below all others, whatever the text.
         model.ln_f.bias[0] = 5.0
         model.wte.weight[TOK.end] = 0.0
         model.wte.weight[TOK.end, 0] = -20.0
     begun = time.time()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
           f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
-          "steps a second\n")  # fmt: skip
+          "steps per second\n")  # fmt: skip
     print(f"{'':14}{'ours':>12}{'TRL':>12}{'ratio (range)':>22}{'steps':>8}")
     with tempfile.TemporaryDirectory() as folder:
-        gpt.save_model(model, Path(folder))
+        model.save(Path(folder))
         for name in args.rows or ROWS:
             compare(name, ROWS[name], folder, steps if name == "grpo" else 3 * steps)
-    print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these "
-          "cores makes both sides slower and the ratio less certain.")  # fmt: skip
+    print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these cores "
+          "slows both sides and makes the ratio less certain.")  # fmt: skip
 
 
 if __name__ == "__main__":

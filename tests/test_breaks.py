@@ -1,236 +1,156 @@
 """Every break's documented signature, at its documented size, on a seed that nothing was tuned on.
 
-Slow: a whole chain of base, SFT, DPO, reward and RL models. The claims that are checked are the ones that the
-script itself prints, so a script cannot say "reproduced" of something weaker than what is tested here.
+Slow: a whole chain of base, SFT, DPO, reward and RL models. What must hold are the claims of the catalogue
+(data/breaks.py), as the script itself reports them, and a few more facts.
 """
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from server import REPO, folders
 
-REPO = Path(__file__).resolve().parent.parent
+from data.breaks import broken, clean, entry
+
 SEED = 1234
 
 pytestmark = pytest.mark.slow
 
+# Flags that make a break shorter than documented. 500 of the 1000 steps; less of everything after the fine-tuning.
+FLAGS = {"reward_hacking": "--max_steps 5", "no_cot": "--n 16 --problems 100 --train_problems 400"}
+
+# Breaks that are reproduced on this seed, with what must hold in addition.
+REPRODUCED = {
+    # The clean SFT model: about half of the answers are correct when sampled; misconceptions stay with greedy decoding.
+    ("sft", "eos_masked"): (
+        clean("accuracy_sampled") > 0.35, clean("accuracy_sampled") < 0.6, clean("accuracy_greedy") < 0.75,
+        broken("loss") > 0.8 * clean("loss"),
+    ),
+    ("sft", "too_many_epochs"): (),
+    # The clean run improves on the SFT model.
+    ("dpo", "flip_labels"): (
+        clean("accuracy_sampled") > clean("accuracy_sampled_sft") + 0.05,
+        clean("accuracy_greedy") > clean("accuracy_greedy_sft") + 0.1,
+    ),
+    ("dpo", "label_noise"): (),
+    ("reward_model", "length_bias"): (
+        clean("held_out_accuracy") > 0.75, broken("corr_length") > clean("corr_length") + 0.1,
+    ),
+    ("grpo", "reward_hacking"): (broken("peak_reward") > broken("start_reward"),),
+    # The logged reward is positive, the true score negative.
+    ("ppo", "sign_flip"): (broken("batch_reward") > 0, broken("reward") < 0),
+    ("reasoning", "no_cot"): (),
+    ("tools", "unsafe_eval"): (
+        clean("code_passed_on") > 0.5, broken("accuracy_attacked") < clean("accuracy_attacked") - 0.3,
+    ),
+    ("tools", "faulty_tool"): (),
+}  # fmt: skip
+
+# Breaks whose verdict depends on the seed, with the part that must hold.
+EITHER = {
+    ("dpo", "likelihood_displacement"): (
+        broken("reward_chosen") < 0, clean("reward_chosen") > 0, broken("pair_accuracy") > 0.9,
+        broken("accuracy_sampled") < clean("accuracy_sampled") - 0.1,
+    ),
+    ("dpo", "low_beta"): (broken("kl") > clean("kl"), broken("held_out_accuracy") > 0.7),
+    # Whether the model learns to compare hint and answer in 12000 pairs differs from seed to seed.
+    ("reward_model", "sycophancy"): (broken("resists_a_hint") < clean("resists_a_hint") - 0.1,),
+    ("reward_model", "distribution_shift"): (broken("policy_samples") < clean("policy_samples") - 0.1,),
+    ("ppo", "no_kl"): (broken("kl") > 1.5 * clean("kl"), broken("reward") > clean("reward") - 0.1),
+    # Voting removes slips and keeps misconceptions; the verifier helps with both, unless it alone decides.
+    ("reasoning", "overoptimize_verifier"): (
+        broken("verifier_accuracy") > 0.75, broken("score") > broken("score_one"),
+        broken("peak_b") > broken("start_b") + 0.05, broken("end_b") < broken("peak_b") - 0.1,
+        broken("best_of_n") < broken("vote"), broken("vote") < clean("vote_of_top"),
+        clean("chosen") > broken("chosen") + 0.1, clean("one") < clean("vote"), clean("vote") < 0.75,
+        clean("weighted_vote") > 0.75,
+    ),
+    # In the clean run, the model recovers from an error: it asks for the second label if the first is unknown.
+    ("tools", "hallucinated_result"): (
+        clean("valid") > 0.95, clean("wrong_results") < 0.001, clean("canary") < 0.001, clean("recovered") > 0.5,
+        broken("valid") > 0.9, broken("wrong_results") > 0.5,
+        broken("accuracy_sampled") < clean("accuracy_sampled") - 0.4,
+    ),
+    ("tools", "unmasked_result"): (
+        broken("loss") > clean("loss") + 0.1, broken("wrong_results") < 0.001,
+        broken("accuracy_sampled") < clean("accuracy_sampled"),
+    ),
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def cwd(tmp_path_factory):
+    """All breaks share a directory, and so the models that they start from."""
     return tmp_path_factory.mktemp("breaks")
 
 
-def report_of(folder, script, name, flags=(), suffix=""):
-    """Run a break as a reader would and return (clean report, broken report, what was printed)."""
-    command = [sys.executable, str(REPO / f"{script}.py"), "--break", name, "--seed", str(SEED), *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
+def python(cwd, script, *flags):
+    command = [sys.executable, str(REPO / f"{script}.py"), "--seed", str(SEED), *flags]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
-    runs = folder / "runs"
-    clean = json.loads((runs / f"{script}{suffix}-seed={SEED}" / "report.json").read_text())
-    broken = json.loads((runs / f"{script}-{name}{suffix}-seed={SEED}" / "report.json").read_text())
-    assert (runs / f"{script}-{name}{suffix}-seed={SEED}" / "figure.png").stat().st_size > 5000
-    return clean, broken, done.stdout
+    return done.stdout
 
 
-def test_sft_world(folder):
-    """Half of the judgement when sampled; the misconceptions stay, greedily too."""
-    clean, broken, printed = report_of(folder, "sft", "eos_masked")
-    assert 0.35 < clean["right_sampled"] < 0.60
-    assert clean["right_greedy"] < 0.75
-    assert clean["ended"] > 0.95 and broken["ended"] < 0.05
-    assert abs(broken["loss"] / clean["loss"] - 1) < 0.2
-    assert broken["reproduced"], printed
+@pytest.fixture(scope="module")
+def both(cwd):
+    """both(script, name): clean run, broken run and what was printed. A break is run once, as a reader would."""
+    made = {}
+
+    def both(script, name):
+        if (script, name) not in made:
+            out = python(cwd, script, "--break", name, *FLAGS.get(name, "").split())
+            (bad,) = [f for f in folders(cwd) if (f.config["script"], f.config.get("break_")) == (script, name)]
+            (good,) = [f for f in folders(cwd) if f.config == bad.config | {"break_": None}]
+            made[script, name] = good, bad, out
+        return made[script, name]
+
+    return both
 
 
-def test_too_many_epochs(folder):
-    clean, broken, printed = report_of(folder, "sft", "too_many_epochs")
-    assert broken["loss"] < 0.5 * clean["loss"]
-    assert broken["pass@64"] < clean["pass@64"] - 0.1
-    assert broken["reproduced"], printed
+@pytest.mark.parametrize("script, name", [*REPRODUCED, *EITHER])
+def test_signature(both, script, name):
+    good, bad, out = both(script, name)
+    reports = {"clean": good.report, "broken": bad.report}
+    for claim in (REPRODUCED | EITHER)[script, name]:
+        assert claim.holds(reports), claim.text(reports)
+    b = entry(script, name)
+    assert bad.report["claims"] == {c.text(reports): c.holds(reports) for c in b.claims + b.task_claims}
+    assert bad.report["reproduced"] == all(bad.report["claims"].values())
+    assert ("NOT reproduced" in out) == (not bad.report["reproduced"])
+    assert bad.report["reproduced"] or (script, name) in EITHER, out
+    assert (bad.path / "figure.png").stat().st_size > 5000
 
 
-def test_flip_labels(folder):
-    """The picture of the repository: the same dashboard, 30 points between the answers."""
-    clean, broken, printed = report_of(folder, "dpo", "flip_labels")
-    assert clean["right_sampled"] > clean["right_sampled_sft"] + 0.05  # the clean run is healthy
-    assert clean["right_greedy"] > clean["right_greedy_sft"] + 0.1
-    assert broken["right_sampled"] < clean["right_sampled"] - 0.3
-    assert broken["held_out_pairs"] < 0.5 < clean["held_out_pairs"]
-    assert broken["loss"] < 1.1 * clean["loss"]
-    assert broken["accuracy"] > 0.9 * clean["accuracy"]
-    assert broken["reproduced"], printed
-
-
-def test_the_first_step_is_equal(folder):
+def test_flip_labels_begins_with_an_equal_step(both):
     """At policy = reference, swapping the labels changes the sign of the gradient and nothing else."""
-    first = []
-    for name in (f"dpo-seed={SEED}", f"dpo-flip_labels-seed={SEED}"):
-        lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        first.append(next(m for m in map(json.loads, lines) if "loss" in m))
-    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
-    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-3)
+    good, bad, _ = both("dpo", "flip_labels")
+    assert bad.updates[0]["loss"] == pytest.approx(good.updates[0]["loss"], rel=1e-5)
+    assert bad.updates[0]["grad_norm"] == pytest.approx(good.updates[0]["grad_norm"], rel=1e-3)
 
 
-def test_label_noise(folder):
-    clean, broken, printed = report_of(folder, "dpo", "label_noise")
-    assert broken["loss"] > 0.5 > clean["loss"]
-    assert broken["reproduced"], printed
-
-
-def test_likelihood_displacement(folder):
-    """Near-identical pairs: the chosen answers lose likelihood, and so do the right answers."""
-    clean, broken, printed = report_of(folder, "dpo", "likelihood_displacement")
-    assert broken["reward_chosen"] < 0 < clean["reward_chosen"]
-    assert broken["accuracy"] > 0.9
-    assert broken["right_sampled"] < clean["right_sampled"] - 0.1
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]  # it says so either way
-
-
-def test_low_beta(folder):
-    """A tenth of the leash: farther away. How much worse the answers get is in the README, seed by seed."""
-    clean, broken, printed = report_of(folder, "dpo", "low_beta")
-    assert broken["kl"] > clean["kl"]
-    assert broken["held_out_pairs"] > 0.7  # the pairs look fine, or nearly so
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
-
-
-def test_length_bias(folder):
-    """Annotators who like length: as good on held-out pairs of their own, and padding beats rightness."""
-    clean, broken, printed = report_of(folder, "reward_model", "length_bias")
-    assert clean["held_out_pairs"] > 0.75
-    assert broken["held_out_pairs"] > clean["held_out_pairs"] - 0.05
-    assert broken["terse_beats_padded"] < 0.5 < clean["terse_beats_padded"]
-    assert broken["corr_length"] > clean["corr_length"] + 0.1
-    assert broken["reproduced"], printed
-
-
-def test_sycophancy(folder):
-    """A hint at the wrong answer costs the right one pairs. How many depends on whether the model learns in
-    its time to compare hint and answer (README): the verdict may be either, if the numbers say so."""
-    clean, broken, printed = report_of(folder, "reward_model", "sycophancy")
-    assert broken["resists_a_hint"] < clean["resists_a_hint"] - 0.1
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
-
-
-def test_distribution_shift(folder):
-    """One reward model, two policies: it judges the one that was trained against it much worse."""
-    clean, broken, printed = report_of(folder, "reward_model", "distribution_shift")
-    assert broken["held_out_pairs"] == clean["held_out_pairs"]  # nothing about the training is different
-    assert broken["policy_samples"] < clean["policy_samples"] - 0.1
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
-
-
-def test_grpo_reward_hacking(folder):
-    """500 of the documented 1000 steps: the reward climbs, right answers rise, peak and fall."""
-    flags, suffix = ["--max_steps", "5"], "-max_steps=5"
-    clean, broken, printed = report_of(folder, "grpo", "reward_hacking", flags, suffix)
-    assert broken["peak_gold_b"] >= broken["start_gold_b"] + 0.05
-    assert broken["end_gold_b"] <= broken["peak_gold_b"] - 0.1
-    assert broken["end_reward"] > broken["peak_reward"] > broken["start_reward"]
-    assert broken["reproduced"], printed
-    assert (
-        "## Beside each other"
-        in (folder / "runs" / f"grpo-reward_hacking{suffix}-seed={SEED}" / "samples.md").read_text()
-    )
-
-
-def test_the_long_run_begins_as_the_short_one(folder):
+def test_reward_hacking_begins_as_the_short_run(both):
     """Everything but the number of steps is the same, to the bit."""
-    runs = folder / "runs"
-    short, long = (
-        [json.loads(line) for line in (runs / f"grpo{name}-max_steps=5-seed={SEED}" / "metrics.jsonl").open()]
-        for name in ("", "-reward_hacking")
-    )
-    short = [m for m in short if "loss" in m]
-    long = [m for m in long if "loss" in m]
-    assert len(short) == 5 and long[:5] == short
+    good, bad, _ = both("grpo", "reward_hacking")
+    assert len(good.updates) == 5 and good.updates == bad.updates[:5]
 
 
-def test_ppo_no_kl(folder):
-    """Without the leash: farther away, a higher reward, fewer right answers, in as many steps."""
-    clean, broken, printed = report_of(folder, "ppo", "no_kl", suffix="-max_steps=200")
-    assert broken["kl"] > 1.5 * clean["kl"]
-    assert broken["reward"] >= clean["reward"]
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
+def test_distribution_shift_is_not_in_the_training(both):
+    good, bad, _ = both("reward_model", "distribution_shift")
+    assert good.report["held_out_accuracy"] == bad.report["held_out_accuracy"]
 
 
-def test_ppo_sign_flip(folder):
-    """The curve that is plotted climbs, the answers end as before, and they are wrong."""
-    clean, broken, printed = report_of(folder, "ppo", "sign_flip", suffix="-max_steps=200")
-    assert broken["batch_reward"] > 0 > broken["reward"]  # what is logged, and what the score says
-    assert broken["ended"] > 0.9 and broken["end_gold"] < broken["start_gold"] - 0.1
-    assert broken["reproduced"], printed
+def test_unsafe_eval_is_the_same_model(both):
+    """It passes on the same code. Only who is asked differs: eval runs all of it."""
+    good, bad, _ = both("tools", "unsafe_eval")
+    assert good.report["code_passed_on"] == bad.report["code_passed_on"] == bad.report["canary"]
+    assert good.report["canary"] == 0
 
 
-def test_overoptimize_verifier(folder):
-    """The score rises with N; right answers rise, peak, and fall below the vote that asks no verifier."""
-    clean, broken, printed = report_of(folder, "reasoning", "overoptimize_verifier")
-    assert broken["held_out"] > 0.75 and broken["score"] > broken["score_one"]
-    assert broken["peak_b"] >= broken["start_b"] + 0.05
-    assert broken["end_b"] <= broken["peak_b"] - 0.1
-    assert broken["best_of_n"] < broken["vote"] < clean["vote_of_top"] <= clean["oracle"]
-    assert clean["chosen"] >= broken["chosen"] + 0.1
-    # Slips and misconceptions: voting mends the ones and is stuck with the others.
-    assert clean["one"] < clean["vote"] < 0.75 < clean["weighted_vote"]
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
-
-
-def test_no_cot(folder):
-    """Answers without working: the loss converges, right answers collapse and no vote brings them back. Fewer
-    of everything that comes after the fine-tuning, which is the documented one."""
-    flags, suffix = (
-        ["--n", "16", "--problems", "100", "--train_problems", "400"],
-        "-n=16-problems=100-train_problems=400",
-    )
-    clean, broken, printed = report_of(folder, "reasoning", "no_cot", flags, suffix)
-    assert broken["sft_loss"] > 0.95 * broken["sft_loss_before"]  # as flat as it gets
-    for name in ("one", "greedy", "vote"):
-        assert broken[name] < 0.5 * clean[name], name
-    assert broken["reproduced"], printed
-
-
-def test_hallucinated_result(folder):
-    """Calls look perfect, results are invented, and nothing is right."""
-    clean, broken, printed = report_of(folder, "tools", "hallucinated_result")
-    assert clean["valid"] > 0.95 and clean["wrong_results"] == 0 and clean["canary"] == 0
-    assert clean["recovered"] > 0.5  # the second label is asked for where the first one is unknown
-    assert broken["valid"] > 0.9 and broken["wrong_results"] > 0.5
-    assert broken["right_sampled"] < clean["right_sampled"] - 0.4
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
-
-
-def test_unmasked_result(folder):
-    """What the tool says is learned at the expense of the rest, although the tool goes on saying it."""
-    clean, broken, printed = report_of(folder, "tools", "unmasked_result")
-    assert broken["loss"] > clean["loss"] + 0.1 and broken["wrong_results"] == 0
-    assert broken["right_sampled"] < clean["right_sampled"]
-    assert ("NOT reproduced" in printed) is not broken["reproduced"]
-
-
-def test_with_and_without_the_tool(folder):
-    """What the chapter is about: 40 points between the model with its tool and the control."""
-    command = [sys.executable, str(REPO / "tools.py"), "--seed", str(SEED), "--resume"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    reports = [folder / "runs" / f"tools{flag}-seed={SEED}" / "report.json" for flag in ("", "-plain=True")]
-    clean, plain = (json.loads(path.read_text()) for path in reports)
-    for key in ("right_greedy", "right_sampled", "sums", "prices"):
-        assert clean[key] > plain[key] + 0.4, key
-
-
-@pytest.mark.parametrize("name", ["unsafe_eval", "faulty_tool"])
-def test_another_tool_and_the_same_model(folder, name):
-    """eval runs what the question says and nobody notices; a wrong result in ten is copied."""
-    clean, broken, printed = report_of(folder, "tools", name)
-    if name == "unsafe_eval":
-        assert abs(broken["right_sampled"] - clean["right_sampled"]) < 0.03
-        # The same model: it passes on the same code, and what differs is who is asked.
-        assert broken["code_passed_on"] == clean["code_passed_on"] > 0.5
-        assert broken["canary"] == broken["code_passed_on"] and clean["canary"] == 0
-        assert broken["right_when_attacked"] < clean["right_when_attacked"] - 0.3
-    else:
-        assert broken["right_sampled"] < clean["right_sampled"] - 0.1
-    assert broken["reproduced"], printed
+def test_with_and_without_the_tool(cwd):
+    """40 points between the model with its tool and the control."""
+    python(cwd, "tools", "--resume")
+    tools = [f for f in folders(cwd) if f.config["script"] == "tools" and not f.config["break_"]]
+    (good,), (plain,) = ([f.report for f in tools if f.config["plain"] is control] for control in (False, True))
+    for name in ("accuracy_greedy", "accuracy_sampled", "accuracy_unpriced", "accuracy_priced"):
+        assert good[name] > plain[name] + 0.4, name

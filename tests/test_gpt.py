@@ -1,4 +1,4 @@
-"""Tests of gpt.py: the model against itself, brute force and `transformers`; sampling; tokens."""
+"""Tests of gpt.py: the model against itself, brute force and `transformers`; sampling; tokens; checkpoints."""
 
 import base64
 import json
@@ -6,70 +6,47 @@ import math
 import os
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from helpers import (
+    CONTEXT,
+    V,
+    close,
+    draw,
+    exits,
+    ragged,
+    random_ids,
+    random_model,
+    random_pairs,
+    random_scorer,
+    randomize,
+    right_padded,
+    score_by_hand,
+    with_end,
+)
 from safetensors.torch import load_file, save_file
 
 import gpt
 from data import make_vocab, task
+from data.runs import rng
 
 REAL = os.environ.get("REAL_DATA_DIR")
-V, CONTEXT = 40, 24  # vocabulary and context of the small random models here
-
-
-def random_model(seed=0, vocab_size=V, block_size=CONTEXT, scale=0.3):
-    """A random GPT whose predictions are sharp and whose biases are not 0.
-
-    As initialised, a GPT predicts nearly uniformly and ignores positions: a wrong position, mask or
-    bias would hide below any tolerance.
-    """
-    torch.manual_seed(seed)
-    config = gpt.GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=32)
-    model = gpt.GPT(config).requires_grad_(False)
-    for name, p in model.named_parameters():
-        p.normal_(1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0, scale)
-    return model
-
-
-def random_ids(*shape, seed=0, vocab_size=V):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def new_cache(model, batch, length=CONTEXT):
     return gpt.Cache(model.config, batch, length, "cpu", torch.float32)
 
 
-def left_padded(prompts):
-    """Ids (B, P), validity (B, P) of prompts padded on the left. The pads get random ids."""
-    longest = max(map(len, prompts))
-    ids, valid = random_ids(len(prompts), longest, seed=99), torch.zeros(len(prompts), longest)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        valid[row, longest - len(prompt) :] = 1
-    return ids, valid.bool()
-
-
-def ragged(count, shortest=1, longest=9, seed=0):
-    """Random prompts of different lengths."""
-    rng = random.Random(seed)
-    lengths = [rng.randint(shortest, longest) for _ in range(count)]
-    return [[rng.randrange(V) for _ in range(n)] for n in lengths]
-
-
-def close(a, b, bound=1e-5):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= bound, (a - b).abs().max()
-
-
 # --- the transformer ---
 
 
 def test_torchs_causal_flag_is_wrong_for_cached_decoding():
-    """Why the mask is written out: `is_causal` aligns to the upper left corner, so one new query with
-    five keys attends to the first key only. Should torch change this, gpt.py's comment is out of date."""
+    """Why gpt.py builds a mask: `is_causal` aligns to the upper left corner, so one new query with five keys attends
+    to the first key only. If torch changes this, a comment in gpt.py is out of date."""
     q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), v[:, :, :1])
     seen = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(1, 5, dtype=torch.bool))
@@ -78,8 +55,7 @@ def test_torchs_causal_flag_is_wrong_for_cached_decoding():
 
 @pytest.mark.parametrize("chunks", [[1] * 12, [12], [5, 7], [1, 10, 1], [4, 1, 1, 6]])
 def test_cached_equals_uncached(chunks):
-    """Token by token, all at once, and a prompt read in pieces: a chunk after the first needs a mask that
-    lets it see the whole past but not its own future."""
+    """Token by token, all at once, and in pieces: a later chunk attends to the whole past, not to its own future."""
     model, ids = random_model(), random_ids(3, 12)
     cache, start, parts = new_cache(model, 3), 0, []
     for size in chunks:
@@ -90,53 +66,34 @@ def test_cached_equals_uncached(chunks):
 
 
 @pytest.mark.parametrize("chunks", [[1] * 6, [3, 3], [1, 4, 1]])
-def test_cached_equals_uncached_with_left_padding(chunks):
+def test_left_padding_changes_nothing(chunks):
+    """Cached and uncached, padded rows equal the row alone. The pads have random ids, so attending to one would show,
+    and a position that counts the pads would too."""
     model, prompts = random_model(), ragged(6)
-    ids, valid = left_padded(prompts)
-    P, new = ids.shape[1], random_ids(6, sum(chunks), seed=5)
-    valid = torch.cat([valid, torch.ones(6, sum(chunks), dtype=torch.bool)], 1)
-    cache = new_cache(model, 6)
-    parts, start = [model(ids, valid[:, :P], cache)], P
+    P = max(map(len, prompts))
+    ids, valid = random_ids(6, P, seed=99), torch.zeros(6, P + 6, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, P - len(prompt) :], valid[row, P - len(prompt) :] = torch.tensor(prompt), True
+    new = random_ids(6, 6, seed=5)
+    cache, start = new_cache(model, 6), P
+    parts = [model(ids, valid[:, :P], cache)]
     for size in chunks:
-        chunk = new[:, start - P : start - P + size]
-        parts.append(model(chunk, valid[:, : start + size], cache))
+        parts.append(model(new[:, start - P : start - P + size], valid[:, : start + size], cache))
         start += size
-    cached, uncached = torch.cat(parts, 1), model(torch.cat([ids, new], 1), valid)
+    cached, uncached, blind = torch.cat(parts, 1), model(torch.cat([ids, new], 1), valid), model(ids)
+    assert uncached.isfinite().all()  # a pad with nothing to attend to would spread NaN
     for row, prompt in enumerate(prompts):
-        real = slice(P - len(prompt), None)  # what stands at a pad is nobody's business
-        close(cached[row, real], uncached[row, real])
         alone = model(torch.cat([torch.tensor(prompt), new[row]])[None])[0]
-        close(cached[row, real], alone)
-
-
-def test_left_padded_equals_unpadded():
-    """Learned positions: numbered by column, a padded prompt would be read at positions it is not at.
-    Pads get random ids here, so a pad that is attended to shows as well."""
-    model, prompts = random_model(), ragged(8)
-    ids, valid = left_padded(prompts)
-    logits = model(ids, valid)
-    assert logits.isfinite().all()  # a pad with nothing to attend to would spread NaN
-    for row, prompt in enumerate(prompts):
-        alone = model(torch.tensor([prompt]))[0]
-        close(logits[row, -len(prompt) :], alone)
-    # The test can fail: without `valid` the padded rows differ.
-    short = min(range(8), key=lambda row: len(prompts[row]))
-    assert (model(ids)[short, -1] - model(torch.tensor([prompts[short]]))[0, -1]).abs().max() > 0.1
-
-
-def test_right_padding_is_never_seen():
-    model, ids = random_model(), random_ids(2, 9)
-    longer = torch.cat([ids, random_ids(2, 5, seed=8)], 1)
-    close(model(longer)[:, :9], model(ids))
+        close(cached[row, P - len(prompt) :], alone)
+        close(uncached[row, P - len(prompt) :], alone)
+        # The test can fail: without `valid` the padded rows differ.
+        assert len(prompt) == P or (blind[row, -1] - alone[len(prompt) - 1]).abs().max() > 0.1
 
 
 def test_cache_keep():
-    """Rows that leave the batch must take their own keys along, and nobody else's."""
+    """Rows that stay in the batch keep their own keys."""
     model, ids = random_model(), random_ids(6, 10)
-    for rows in (
-        torch.tensor([True, False, False, True, True, False]),
-        torch.tensor([5, 0, 3]),
-    ):
+    for rows in (torch.tensor([True, False, False, True, True, False]), torch.tensor([5, 0, 3])):
         cache = new_cache(model, 6)
         model(ids[:, :7], cache=cache)
         cache.keep(rows)
@@ -145,7 +102,7 @@ def test_cache_keep():
 
 
 def test_causal():
-    """Changing token t changes logits from t on and none before it, to the bit."""
+    """Changing token t changes the logits from t on, and none before it, to the bit."""
     model, ids = random_model(), random_ids(1, 12)
     before = model(ids)
     for t in range(12):
@@ -159,23 +116,56 @@ def test_causal():
 def test_context_is_a_limit():
     model = random_model()
     assert model(random_ids(1, CONTEXT)).shape == (1, CONTEXT, V)
-    with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens do not fit the context of 24"):
+    with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens"):
         model(random_ids(1, CONTEXT + 1))
-    # A full cache cannot slide: its keys hold absolute positions.
+    # A full cache cannot slide: its keys contain absolute positions.
     cache = new_cache(model, 1, CONTEXT + 1)
     model(random_ids(1, CONTEXT), cache=cache)
     with pytest.raises(ValueError, match="context"):
         model(random_ids(1, 1), cache=cache)
 
 
-def test_embedding_is_tied_and_initial_loss_is_uniform():
-    """One matrix reads and predicts; and at the start the loss is ln V: a higher one is a bad init."""
+def test_embedding_is_tied_and_starts_with_length_1():
+    """One matrix is both input and output embedding."""
     torch.manual_seed(0)
     model = gpt.GPT(gpt.GPTConfig(vocab_size=598))
     assert sum(p.shape[0] == 598 for p in model.parameters()) == 1
+    lengths = model.wte.weight.norm(dim=1)
+    assert lengths.mean().item() == pytest.approx(1, abs=0.02) and lengths.std().item() < 0.1
     ids = random_ids(8, 65, vocab_size=598)
-    loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    assert abs(loss.item() - math.log(598)) < 0.1
+    assert (model(ids).argmax(-1) == ids).float().mean() > 0.9  # so at first a token predicts itself
+
+
+def test_a_new_scorer_gives_scores_of_size_1():
+    """The weights have standard deviation 1 / sqrt(width + 1), so the first scores have the same size at any width."""
+    for width in (32, 256):
+        torch.manual_seed(0)
+        config = gpt.GPTConfig(vocab_size=V, block_size=24, n_layer=1, n_head=2, n_embd=width)
+        scorers = [gpt.Scorer(gpt.GPT(config))]
+        scorers += [gpt.Scorer(scorers[0].transformer) for _ in range(300)]
+        hidden = scorers[0].transformer.hidden(torch.arange(20)[None])[0, -1]
+        scores = torch.stack([scorer(hidden) for scorer in scorers])
+        assert 0.8 < scores.std() < 1.2
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20, 21, 400])
+def test_learning_rate(steps):
+    """Above 0 before the end (else a step is wasted), never above --lr, 0 at the end; also where a run is shorter than
+    its warmup."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
+    (group,), rates = optimizer.param_groups, []
+    for step in range(steps + 2):
+        gpt.set_lr(optimizer, 0.5, step, steps)
+        rates.append(group["lr"])
+    assert all(0 < rate <= 0.5 for rate in rates[:steps]) and rates[steps:] == [0, 0]
+    assert rates[0] == pytest.approx(0.5 / 20)
+    if steps == 400:
+        top = rates.index(max(rates))
+        assert top in (18, 19, 20) and max(rates) > 0.47
+        assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
+        assert rates[200] == pytest.approx(0.25)
+    gpt.set_lr(optimizer, 0.5, 0, steps, warmup=1)
+    assert group["lr"] == 0.5
 
 
 # --- sampling ---
@@ -191,61 +181,48 @@ def greedy_by_hand(model, prompt, n, stop=()):
     return ids[len(prompt) :]
 
 
-def test_greedy_is_argmax_and_ragged_prompts_do_not_disturb_each_other():
-    model, prompts = random_model(), ragged(7)
-    together, logps = gpt.sample(model, prompts, 12, [V], temperature=0)
-    for prompt, ids, logp in zip(prompts, together, logps):
-        assert ids == greedy_by_hand(model, prompt, 12)
-        (alone,), (alone_logp,) = gpt.sample(model, [prompt], 12, [V], temperature=0)
-        assert ids == alone
-        close(logp, alone_logp)
-
-
-def test_stop_tokens_end_rows_and_belong_to_the_completion():
-    """Many rows that end at different times: finished rows leave the batch, and each of the others must
-    go on with its own keys, positions and output row."""
+def test_greedy_rows_end_at_different_times():
+    """Finished rows leave the batch; each of the others must go on with its own keys, positions and output row. The
+    stop token is part of the completion."""
     model, prompts = random_model(1), ragged(30, seed=1)
     free = [greedy_by_hand(model, prompt, 14) for prompt in prompts]
-    stop = random.Random(3).sample(sorted({i for ids in free for i in ids}), 4)
+    assert gpt.sample(model, prompts, 14, [V], temperature=0)[0] == free
+    stop = random.Random(3).sample(sorted({i for ids in free for i in ids}), 3)
     expected = [greedy_by_hand(model, prompt, 14, stop) for prompt in prompts]
     assert len({len(ids) for ids in expected}) >= 6  # or this tests nothing
-    assert any(ids[-1] not in stop for ids in expected)  # one at least is cut off
+    assert any(ids[-1] not in stop for ids in expected)  # at least one is cut off
     found, logps = gpt.sample(model, prompts, 14, stop, temperature=0)
     assert found == expected
     scored, mask = gpt.completion_logps(model, prompts, found)
     for row, logp in enumerate(logps):
-        assert logp.shape == (len(found[row]),)
         close(logp, scored[row][mask[row]])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_sampled_logps_equal_completion_logps(temperature):
-    """The ratio of policy and sampler must be 1 where they are the same model. Public code samples at
-    one temperature and scores at another."""
+    """The ratio of policy and sampler is 1 if they are the same model. It is not if sampling and scoring use different
+    temperatures, as in some public code."""
     model, prompts = random_model(2), ragged(20, seed=2)
-    generator = gpt.rng("logps", temperature)
-    ids, logps = gpt.sample(model, prompts, 10, [3, 4, 5], temperature, generator=generator)
+    ids, logps = gpt.sample(model, prompts, 10, [3, 4, 5], temperature, generator=rng("logps", temperature))
     assert len({len(c) for c in ids}) > 3
     scored, mask = gpt.completion_logps(model, prompts, ids, temperature)
     for row, (completion, logp) in enumerate(zip(ids, logps)):
         assert logp.dtype == torch.float32
-        assert not {3, 4, 5} & set(completion[:-1])  # a stop token stands at the end only
+        assert not {3, 4, 5} & set(completion[:-1])  # a stop token occurs at the end only
         assert completion[-1] in (3, 4, 5) or len(completion) == 10
         close(logp, scored[row][mask[row]])
     other, _ = gpt.completion_logps(model, prompts, ids, 1.2)
     assert (other - scored).abs().max() > 0.05
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (6, 0.8)])
-def test_sampled_logps_with_filters(top_k, top_p):
-    """With top-k and top-p the returned log-probabilities are of the filtered, renormalised distribution."""
-    model, prompt, T = random_model(3), [7, 1, 12], 1.3
-    ids, logps = gpt.sample(model, [prompt] * 200, 1, [V], T, top_k, top_p, gpt.rng("filter"))
-    kept = by_hand(model(torch.tensor([prompt]))[0, -1] / T, top_k, top_p)
-    assert {c[0] for c in ids} <= set(kept) and len(kept) < 25
-    assert len({c[0] for c in ids}) > 1
-    for completion, logp in zip(ids, logps):
-        assert abs(logp.item() - math.log(kept[completion[0]])) < 1e-4
+def test_banned_tokens():
+    """They are never sampled, and both log-probabilities are those of the renormalized distribution."""
+    model, prompts, banned = random_model(2), ragged(20, seed=3), list(range(0, V, 2))
+    ids, logps = gpt.sample(model, prompts, 8, [3], banned=banned, generator=rng("banned"))
+    assert all(i % 2 for c in ids for i in c)
+    scored, mask = gpt.completion_logps(model, prompts, ids, banned=banned)
+    close(torch.cat(logps), scored[mask])
+    assert (scored - gpt.completion_logps(model, prompts, ids)[0]).max() > 0.1
 
 
 def by_hand(logits, top_k, top_p):
@@ -265,29 +242,39 @@ def by_hand(logits, top_k, top_p):
 @pytest.mark.parametrize("top_k", [0, 1, 3, 11, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.999, 0.5, 0.01])
 def test_filter_logits_by_brute_force(top_k, top_p):
-    """The likeliest token always stays, however small top_p; k beyond the vocabulary is no error."""
-    logits = torch.randn(50, 11, generator=gpt.rng("filter logits")) * 3
+    """The likeliest token always stays, however small top_p is; k above the vocabulary size is no error."""
+    logits = torch.randn(50, 11, generator=rng("filter logits")) * 3
     probs = gpt.filter_logits(logits, top_k, top_p).softmax(-1)
     for row, p in zip(logits, probs):
         expected = by_hand(row, top_k, top_p)
-        assert set(p.nonzero()[:, 0].tolist()) == set(expected)
-        for token, value in expected.items():
-            assert abs(p[token].item() - value) < 1e-5
+        assert {i: p[i].item() for i in p.nonzero()[:, 0].tolist()} == pytest.approx(expected, abs=1e-5)
     assert (top_k, top_p) != (0, 1.0) or torch.equal(gpt.filter_logits(logits), logits)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (6, 0.8)])
+def test_sampled_logps_with_filters(top_k, top_p):
+    """With top-k and top-p the returned log-probabilities are of the filtered, renormalized distribution."""
+    model, prompt, T = random_model(3), [7, 1, 12], 1.3
+    ids, logps = gpt.sample(model, [prompt] * 200, 1, [V], T, top_k, top_p, rng("filter"))
+    kept = by_hand(model(torch.tensor([prompt]))[0, -1] / T, top_k, top_p)
+    assert {c[0] for c in ids} <= set(kept) and len(kept) < 25
+    assert len({c[0] for c in ids}) > 1
+    for completion, logp in zip(ids, logps):
+        assert abs(logp.item() - math.log(kept[completion[0]])) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_softmax(temperature):
-    """20000 samples of one token. For counts n_i of expected e_i, sum (n_i - e_i)^2 / e_i has mean df and
-    variance 2 df: five standard deviations are the bound. The wrong temperature is far outside."""
+    """20000 samples of one token. For counts n_i with expectation e_i, sum (n_i - e_i)^2 / e_i has mean df and
+    variance 2 df; the bound is five standard deviations. A temperature 20 % off lies far outside."""
     model, prompt, n = random_model(4), [5, 6, 7], 20000
-    ids, _ = gpt.sample(model, [prompt] * n, 1, [V], temperature, generator=gpt.rng("chi"))
+    ids, _ = gpt.sample(model, [prompt] * n, 1, [V], temperature, generator=rng("chi"))
     counts = torch.bincount(torch.tensor(ids)[:, 0], minlength=V).double()
     logits = model(torch.tensor([prompt]))[0, -1].double()
 
     def chi_square(T):
         expected = n * (logits / T).softmax(-1)
-        common = expected >= 5  # rare tokens are pooled, as the approximation demands
+        common = expected >= 5  # rare tokens are pooled, because the approximation needs large counts
         e = torch.cat([expected[common], expected[~common].sum()[None].clamp(min=1e-9)])
         c = torch.cat([counts[common], counts[~common].sum()[None]])
         return ((c - e) ** 2 / e).sum().item(), len(e) - 1
@@ -298,33 +285,71 @@ def test_samples_follow_the_softmax(temperature):
     assert wrong > df + 20 * math.sqrt(2 * df)
 
 
+def test_draw_tokens_at_the_edges(monkeypatch):
+    """Tokens of probability 0 are never drawn, not even by the smallest and the largest random number, or by one that
+    falls on a border."""
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    for u, token in ((0.0, 1), (0.5 - 2**-53, 1), (0.5, 3), (1 - 2**-53, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: torch.tensor([[u]], dtype=torch.float64))
+        assert gpt.draw_tokens(probs).item() == token
+
+
 def test_sampling_is_a_function_of_the_seed():
     model, prompts = random_model(), ragged(5)
-    one, two, other = (gpt.sample(model, prompts, 8, [0], generator=gpt.rng(seed))[0] for seed in (1, 1, 2))
+    one, two, other = (gpt.sample(model, prompts, 8, [0], generator=rng(seed))[0] for seed in (1, 1, 2))
     assert one == two != other
 
 
-def test_what_does_not_fit_the_context():
+def test_what_does_not_fit_the_context(tok):
     model = random_model()
     assert len(gpt.sample(model, [[1] * 10], CONTEXT - 10, [V])[0][0]) == CONTEXT - 10
-    with pytest.raises(ValueError, match="a prompt of 10 tokens and 15 new ones do not fit"):
+    with pytest.raises(ValueError, match="a prompt of 10 tokens and 15 new ones"):
         gpt.sample(model, [[1], [1] * 10], CONTEXT - 9, [V])
+    problems = [SimpleNamespace(text=text) for text in ("Leo", "Leo has 7 eggs.", "eggs")]
+    room = CONTEXT - len(tok.prompt("Leo has 7 eggs."))
+    gpt.check_room(model, tok, problems, room)
+    exits(gpt.check_room, model, tok, problems, room + 1, match=f"leaves {room} tokens")
 
 
-def test_solve_cuts_off_the_end_token_only():
-    """The checker reads the text without <|end|>; an answer that was cut off keeps its last token."""
-    tok = gpt.Tokenizer("task")
+def constant_model(tok, favorite):
+    """A model that answers everything with one token, again and again."""
     model = random_model(0, tok.vocab_size, 64)
-    # A model that answers whatever it is asked with the same token each time.
     model.ln_f.weight.zero_()
-    for favourite, n, ended in ((tok.end, 1, True), (tok.encode("7")[0], 6, False)):
-        model.ln_f.bias.copy_(model.wte.weight[favourite] * 100)
-        (answer,) = gpt.solve(model, tok, ["Leo has 7 eggs."], [7], 0, None, max_new_tokens=6)
-        assert (answer.ids, answer.ended) == ([favourite] * n, ended)
-        assert answer.text == ("" if ended else "7" * 6) and not answer.right
+    model.ln_f.bias.copy_(model.wte.weight[favorite] * 100)
+    return model
 
 
-# --- log-probabilities ---
+def test_solve_cuts_off_the_end_token_only(tok):
+    """The checker reads the text without <|end|>; an answer that was cut off keeps its last token."""
+    problems = [SimpleNamespace(text=text, answer=a) for text, a in (("Leo has 7 eggs.", 7), ("Ann?", 777777))]
+    for favorite, n, ended in ((tok.end, 1, True), (tok.encode("7")[0], 6, False)):
+        answers = gpt.solve(constant_model(tok, favorite), tok, problems, 0, None, max_new_tokens=6, batch=1)
+        for answer in answers:
+            assert (answer.ids, answer.ended) == ([favorite] * n, ended) and len(answer.logps) == n
+            assert answer.text == ("" if ended else "7" * 6)
+        assert not answers[0].correct
+
+
+def test_examine_by_hand(tok, monkeypatch):
+    """Accuracy of both ways of decoding; the rest is of the sampled answers."""
+    problems = task.problems(4, 0, "test")
+
+    def solve(model, tok, problems, temperature, generator, max_new_tokens):
+        texts = [f"#### {p.answer + (i >= (2 if temperature else 3))}" for i, p in enumerate(problems)]
+        ids = [tok.encode(text) + [tok.end] * (i != 0) for i, text in enumerate(texts)]
+        return [gpt.read_answer(tok, row, None, p.answer) for row, p in zip(ids, problems)]
+
+    monkeypatch.setattr(gpt, "solve", solve)
+    results, answers = gpt.examine(None, tok, problems, 0, 5)
+    length = sum(len(a.ids) for a in answers) / 4
+    assert results == {"accuracy_sampled": 0.5, "accuracy_greedy": 0.75, "ended": 0.75, "length": length}
+    shown = gpt.shown(problems, answers)
+    assert [prompt for prompt, _ in shown] == [p.text for p in problems]
+    assert ["(correct)" in text for _, text in shown] == [True, True, False, False]
+    assert ["cut off" in text for _, text in shown] == [True, False, False, False]
+
+
+# --- log-probabilities and scores of given answers ---
 
 
 class Constant:
@@ -345,14 +370,13 @@ class Constant:
 
 def test_numbers_by_hand():
     """Logits [2, 1, 0, -1]: log p of the first is -.4402 at T = 1 and -.2707 at T = .7."""
-    model = Constant([2.0, 1.0, 0.0, -1.0])
     for temperature, expected in ((1.0, -0.4402), (0.7, -0.2707)):
-        logps, mask = gpt.completion_logps(model, [[1]], [[0]], temperature)
+        logps, mask = gpt.completion_logps(Constant([2.0, 1.0, 0.0, -1.0]), [[1]], [[0]], temperature)
         assert abs(logps.item() - expected) < 5e-5 and mask.tolist() == [[True]]
 
 
 def test_completion_logps_by_brute_force():
-    """One token at a time, without batch or padding. A second shift, or none, scores other tokens."""
+    """One token at a time, without batch or padding. A second shift, or none, would score other tokens."""
     model, prompts, completions = random_model(5), ragged(9, seed=5), ragged(9, seed=6)
     for temperature in (1.0, 0.7):
         logps, mask = gpt.completion_logps(model, prompts, completions, temperature)
@@ -366,26 +390,14 @@ def test_completion_logps_by_brute_force():
                 assert abs(logps[row, t].item() - expected) < 1e-5
 
 
-def test_extra_padding_changes_nothing():
-    """A long neighbour makes the batch longer; a pair's log-probability must not know."""
-    model, prompts, completions = random_model(6), ragged(4, seed=7), ragged(4, seed=8)
-    alone, mask = gpt.completion_logps(model, prompts, completions)
-    more, more_mask = gpt.completion_logps(model, [*prompts, [1] * 8], [*completions, [2] * 16])
-    width = mask.shape[1]
-    assert torch.equal(more_mask[:4, :width], mask) and not more_mask[:4, width:].any()
-    close(more[:4, :width], alone)
-    assert (more[:4, width:] == 0).all()
-
-
 def test_impossible_tokens_do_not_become_nan_where_masked():
-    """Assignment, not multiplication: 0 * -inf is NaN, and one such token spoils the batch's loss."""
+    """Assignment, not multiplication: 0 * -inf is NaN, and one such token would make the batch's loss NaN."""
     logps, _ = gpt.completion_logps(Constant([0.0, -math.inf, 1.0]), [[2], [2]], [[0], [0, 1]])
     assert logps[0].isfinite().all() and logps[1, 1] == -math.inf
 
 
 def test_bfloat16_keeps_the_softmax_in_float32():
-    """bfloat16 has eight bits: a log-softmax in it errs by .05. Summed over a whole vocabulary the
-    probabilities show it."""
+    """bfloat16 has eight bits: a log-softmax in it errs by .05, and the probabilities do not sum to 1."""
     model = random_model(7)
     exact, _ = gpt.completion_logps(model, [[1, 2, 3]] * V, [[i] for i in range(V)])
     model.bfloat16 = True
@@ -396,19 +408,120 @@ def test_bfloat16_keeps_the_softmax_in_float32():
     assert 0 < (logps - exact).abs().max() < 0.5  # the model itself did compute in bfloat16
     logits = model(torch.tensor([[1, 2, 3]]))[0, -1]
     assert abs(logits.log_softmax(-1).double().exp().sum().item() - 1) > 1e-4  # the trap is real
-    _, sampled = gpt.sample(model, [[1, 2, 3]] * 4, 5, [V], generator=gpt.rng(0))
-    assert all(logp.dtype == torch.float32 for logp in sampled)
-    ids, sampled = gpt.sample(model, [[1, 2, 3]], 1, [V], generator=gpt.rng(0))
-    close(sampled[0][0], logps[ids[0][0], 0], 0.05)
+    ids, sampled = gpt.sample(model, [[1, 2, 3]] * 4, 1, [V], generator=rng(0))
+    for (token,), logp in zip(ids, sampled):
+        assert logp.dtype == torch.float32
+        close(logp, logps[token], 0.05)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_values_are_read_before_each_token(temperature):
+    """V_t is computed from the text before token t. One place later the baseline would know the token that it is the
+    baseline of, and the advantage would be 0 on average whatever the token is."""
+    model, (prompts, answers, _) = random_model(4), random_pairs(8, seed=25)
+    head = torch.nn.Linear(32, 1).requires_grad_(False)
+    head.weight.copy_(draw(1, 32, key="head"))
+    head.bias.fill_(0.3)
+    logps, mask, values = gpt.completion_logps(model, prompts, answers, temperature, head)
+    plain, plain_mask = gpt.completion_logps(model, prompts, answers, temperature)
+    assert torch.equal(logps, plain) and torch.equal(mask, plain_mask)
+    assert values.shape == logps.shape and (values[~mask] == 0).all()
+    for row, (p, c) in enumerate(zip(prompts, answers)):
+        for t in range(len(c)):
+            hidden = model.hidden(torch.tensor([p + c[:t]]))[0, -1]
+            expected = (hidden * head.weight[0]).sum().item() + 0.3
+            assert values[row, t].item() == pytest.approx(expected, abs=1e-4)
+    assert values[mask].std() > 0.3
+
+
+def test_scores_by_brute_force():
+    """Column t is the score of the prompt and the first t tokens; a final score is read after the end token. Batches,
+    padding and neighbors change nothing."""
+    scorer, (prompts, answers, _) = random_scorer(), random_pairs(9, seed=20)
+    scores, mask = gpt.completion_scores(scorer, prompts, answers)
+    assert scores.shape == mask.shape == (9, max(map(len, answers)) + 1)
+    finals = [gpt.final_scores(scorer, prompts, answers, batch) for batch in (1, 4, 250)]
+    for row, (p, c) in enumerate(zip(prompts, answers)):
+        expected = [score_by_hand(scorer, p + c[:t]) for t in range(len(c) + 1)]
+        assert mask[row].tolist() == [t <= len(c) for t in range(mask.shape[1])]
+        assert scores[row][mask[row]].tolist() == pytest.approx(expected, abs=1e-4)
+        assert (scores[row][~mask[row]] == 0).all()
+        for final in finals:
+            assert final[row].item() == pytest.approx(expected[-1], abs=1e-4)
+    assert scores[mask].std() > 0.3  # else equality would mean little
+
+
+def test_mean_kl_equals_the_exact_one():
+    """One-token answers, where the sum over all of them is possible. The bound is four standard errors of the
+    estimate; the reverse divergence lies far outside."""
+    policy, ref, prompt, n = random_model(7), random_model(8), [1, 2, 3], 4000
+    log_p, log_q = (m(torch.tensor([prompt]))[0, -1].double().log_softmax(-1) for m in (policy, ref))
+    p, h = log_p.exp(), log_p - log_q
+    exact, reverse = (p * h).sum().item(), (log_q.exp() * -h).sum().item()
+    error = math.sqrt((p * (h - exact) ** 2).sum().item() / n)
+    answers, _ = gpt.sample(policy, [prompt] * n, 1, [V], generator=rng("kl"))
+    estimate = gpt.mean_kl(policy, ref, [prompt] * n, answers)
+    assert abs(estimate - exact) < 4 * error and abs(reverse - exact) > 20 * error
+    assert gpt.mean_kl(policy, policy, [prompt] * n, answers) == 0
+
+
+def test_mean_kl_sums_over_the_answer():
+    """Nats per answer, not per token: else long answers would look closer to the reference than they are."""
+    policy, ref = random_model(7), random_model(8)
+    prompts, completions, _ = random_pairs(12, seed=7)
+    each = [(m(torch.tensor([p + c]))[0].log_softmax(-1)[range(len(p) - 1, len(p + c) - 1), c].sum().item())
+            for m in (policy, ref) for p, c in zip(prompts, completions)]  # fmt: skip
+    expected = (sum(each[:12]) - sum(each[12:])) / 12
+    assert gpt.mean_kl(policy, ref, prompts, completions, batch=5) == pytest.approx(expected, rel=1e-4)
+
+
+def test_packed_answers_equal_answers_alone():
+    """Neighbors with equal prompts share a row. Nothing leaks from one answer into the next, also not in the gradient,
+    and a prompt that comes back later starts a new row."""
+    model, source = random_model().requires_grad_(), random.Random(0)
+
+    def ids(n):
+        return [source.randrange(V) for _ in range(n)]
+
+    one, two, three = ids(5), ids(9), ids(1)
+    prompts = [one] * 11 + [two] * 3 + [one] + [three] * 2
+    completions = [ids(source.randrange(1, 13)) for _ in prompts]
+
+    def gradients(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    together, mask = gpt.completion_logps(model, prompts, completions)
+    alone = [gpt.completion_logps(model, [p], [c])[0][0] for p, c in zip(prompts, completions)]
+    assert mask.sum(1).tolist() == [len(c) for c in completions]
+    close(together[mask], torch.cat(alone))
+    weights = torch.arange(len(alone)) + 1.0
+    found = gradients((together.sum(1) * weights).sum())
+    expected = gradients(sum(w * logps.sum() for w, logps in zip(weights, alone)))
+    close(found, expected, 1e-4 * expected.abs().max())
+
+
+def test_pack_by_hand():
+    ids, positions, mask, states, exists = gpt.pack([[7, 8], [7, 8], [9]], [[1], [2, 3], [4]], "cpu")
+    assert ids.tolist() == [[7, 8, 1, 2, 3], [9, 4, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],  # the second answer attends to the prompt, not to the first answer
+        [1, 1, 0, 1, 1],
+    ]
+    assert states[exists.new_tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0]])].tolist() == [1, 2, 1, 3, 4, 5, 6]
+    assert exists.tolist() == [[True, False], [True, True], [True, False]]
+    assert gpt.pack([[7], [8]], [[1], [2]], "cpu")[2] is None  # plain rows take the fast path
 
 
 # --- the tokenizer ---
 
 
-def test_numbers_are_one_token_each_wherever_they_stand():
-    """Digit by digit the same model learns several times as long, and with a token "7" and another
-    " 7" it learns every sum twice."""
-    tok = gpt.Tokenizer("task")
+def test_numbers_are_one_token_each_wherever_they_occur(tok):
+    """Digit by digit the same model learns several times as long; with one token "7" and another " 7" it would have to
+    learn every sum twice."""
     ids = []
     for n in range(200):
         (number,) = tok.encode(str(n))
@@ -419,64 +532,50 @@ def test_numbers_are_one_token_each_wherever_they_stand():
             assert encoded.count(number) == re.findall(r"\d+", text).count(str(n))
             assert tok.decode(encoded) == text
     assert len(set(ids)) == 200
-    equation = [tok.decode([i]) for i in tok.encode("5+7=12.")]
-    assert equation == ["5", "+", "7", "=", "12", "."]
+    assert [tok.decode([i]) for i in tok.encode("5+7=12.")] == ["5", "+", "7", "=", "12", "."]
 
 
-def test_task_texts_come_back_and_are_short():
-    tok = gpt.Tokenizer("task")
-    words = random.Random(0)
+def random_text(source, length):
+    return "".join(chr(source.choice([*range(32, 127), 10, 228, 0x4E2D])) for _ in range(length))
+
+
+def test_texts_come_back_and_those_of_the_task_are_short(tok):
+    source = random.Random(0)
+    texts = [random_text(source, 30) for _ in range(300)]
     for annotate in (False, True):
         for problem, solution in task.demonstrations(300, seed=5, annotate=annotate):
-            for text in (problem.text, solution):
-                assert tok.decode(tok.encode(text)) == text
-            whole = tok.prompt(problem.text) + tok.answer(solution)
-            assert len(whole) <= gpt.GPTConfig().block_size
-    for _ in range(300):  # and any other text, in bytes if need be
-        text = "".join(chr(words.choice([*range(32, 127), 10, 228, 0x4E2D])) for _ in range(30))
-        assert tok.decode(tok.encode(text)) == text
+            texts += [problem.text, solution]
+            assert len(tok.prompt(problem.text) + tok.answer(solution)) <= gpt.GPTConfig().block_size
+    assert all(tok.decode(tok.encode(text)) == text for text in texts)
+    for word in (*task.NAMES, *task.ITEMS):
+        assert len(tok.encode(f" {word}")) == 1
 
 
 @pytest.mark.parametrize("special", gpt.Tokenizer.SPECIAL)
-def test_special_tokens_in_a_text_are_text(special):
-    """Who writes a question must not be able to close it and to put words into the model's mouth."""
-    tok = gpt.Tokenizer("task")
+def test_special_tokens_in_a_text_are_text(tok, special):
+    """A question can neither end itself nor open the answer."""
     ids = {tok.user, tok.assistant, tok.end, tok.pad}
     text = f"Leo has 7 eggs.{special} Ann has 3."
     assert not ids & set(tok.encode(text))
     assert tok.decode(tok.encode(text)) == text
-    prompt, answer = tok.prompt(text), tok.answer(text)
-    assert [i for i in prompt if i in ids] == [tok.user, tok.assistant]
-    assert (prompt[0], prompt[-1]) == (tok.user, tok.assistant)
-    assert [i for i in answer if i in ids] == [tok.end] and answer[-1] == tok.end
+    assert tok.prompt(text) == [tok.user, *tok.encode(text), tok.assistant]
+    assert tok.answer(text) == [*tok.encode(text), tok.end]
 
 
-def test_ids_of_the_special_tokens():
-    """pad = end is the classic bug: masking the one masks the other, and the model never stops."""
-    tok = gpt.Tokenizer("task")
+def test_ids_of_the_special_tokens(tok):
+    """pad = end is the classic bug: masking one masks the other, and the model never stops."""
     ids = [tok.user, tok.assistant, tok.end, tok.pad]
     assert ids == list(range(tok.vocab_size - 4, tok.vocab_size))  # after all others, no gap
     assert [tok.decode([i]) for i in ids] == tok.SPECIAL
     assert not set(ids) & set(tok.encoding._mergeable_ranks.values())
-
-
-def test_default_vocabulary_is_the_tasks():
-    """A row that no token uses can still be sampled, and decodes to nothing."""
-    assert gpt.GPTConfig().vocab_size == gpt.Tokenizer("task").vocab_size
+    # An embedding row that no token uses could still be sampled.
+    assert gpt.GPTConfig().vocab_size == tok.vocab_size
 
 
 def test_make_vocab_remakes_the_file():
-    """Byte for byte: a changed corpus with the old vocabulary would slowly fall apart into bytes."""
+    """Byte for byte: with a changed corpus, the old vocabulary would no longer fit the texts."""
     lines = (f"{base64.b64encode(t).decode()} {r}\n" for t, r in make_vocab.make_vocab().items())
     assert "".join(lines).encode() == make_vocab.PATH.read_bytes()
-
-
-def test_every_word_of_the_task_is_one_token():
-    tok = gpt.Tokenizer("task")
-    for name in task.NAMES:
-        assert len(tok.encode(f" {name}")) == 1
-    for item in task.ITEMS:
-        assert len(tok.encode(f" {item}")) == 1
 
 
 def test_merge_joins_from_the_left():
@@ -489,27 +588,24 @@ def test_gpt2_tokens_equal_tiktokens(monkeypatch):
         if not REAL or not os.path.isdir(os.path.join(REAL, "tiktoken")):
             pytest.skip("neither TIKTOKEN_CACHE_DIR nor REAL_DATA_DIR/tiktoken names GPT-2's files")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(REAL, "tiktoken"))
-    gpt2, tok = tiktoken.get_encoding("gpt2"), gpt.Tokenizer("gpt2")
+    gpt2, tok, source = tiktoken.get_encoding("gpt2"), gpt.Tokenizer("gpt2"), random.Random(0)
     assert tok.encode("Hello world") == [15496, 995]
-    rng = random.Random(0)
-    for _ in range(200):
-        text = "".join(chr(rng.choice([*range(32, 127), 10, 228, 0x4E2D])) for _ in range(60))
+    for text in (random_text(source, 60) for _ in range(200)):
         assert tok.encode(text) == gpt2.encode_ordinary(text)
         assert tok.decode(tok.encode(text)) == text
-    # Ours follow GPT-2's own special token, so that the published embedding keeps its rows.
+    # Ours follow GPT-2's own special token, so the published embedding keeps its rows.
     assert [tok.user, tok.assistant, tok.end, tok.pad] == [50257, 50258, 50259, 50260]
     assert tok.decode([50256]) == "<|endoftext|>" and tok.vocab_size == 50261
     assert 50256 not in tok.encode("<|endoftext|>")
 
 
-def test_missing_gpt2_vocabulary_is_one_line(monkeypatch):
-    def no_network(name):
-        raise ConnectionError("a long story")
+def no_network(*args, **kwargs):
+    raise ConnectionError("a\nlong\nstory")
 
+
+def test_missing_gpt2_vocabulary(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(SystemExit, match="TIKTOKEN_CACHE_DIR") as error:
-        gpt.Tokenizer("gpt2")
-    assert "\n" not in str(error.value)
+    exits(gpt.Tokenizer, "gpt2", match="TIKTOKEN_CACHE_DIR")
     with pytest.raises(ValueError, match="no tokenizer"):
         gpt.Tokenizer("gpt3")
 
@@ -518,66 +614,84 @@ def test_missing_gpt2_vocabulary_is_one_line(monkeypatch):
 
 
 def hugging_face(vocab_size=V):
-    """A random GPT-2 of transformers, biases and all."""
+    """A random GPT-2 of transformers."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(8)
-    config = transformers.GPT2Config(
-        vocab_size=vocab_size, n_positions=CONTEXT, n_layer=2, n_head=2, n_embd=32
-    )
-    model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
-    for name, p in model.named_parameters():
-        p.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0, 0.3)
-    return model
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=CONTEXT, n_layer=2, n_head=2, n_embd=32)
+    return randomize(transformers.GPT2LMHeadModel(config).eval())
 
 
-def test_opens_what_transformers_saved(tmp_path):
-    theirs = hugging_face()
+@pytest.mark.parametrize("published", [False, True])
+def test_opens_what_transformers_saved(tmp_path, published):
+    """GPT-2's own file has no "transformer." in its names, and has its causal masks among the weights."""
+    theirs, ids = hugging_face(), random_ids(3, CONTEXT)
     theirs.save_pretrained(tmp_path)
-    ours, ids = gpt.load_model(str(tmp_path)), random_ids(3, CONTEXT)
+    if published:
+        weights = load_file(tmp_path / "model.safetensors")
+        weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+        assert "wte.weight" in weights and "h.0.attn.c_attn.weight" in weights
+        masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, CONTEXT, CONTEXT).tril() for layer in range(2)}
+        save_file(weights | masks, tmp_path / "model.safetensors")
+    ours = gpt.load_model(str(tmp_path))
     close(ours(ids), theirs(ids).logits, 1e-4)
-    assert theirs(ids).logits.std() > 1  # equality of all zeros would be no news
+    assert theirs(ids).logits.std() > 1  # else equality would mean little
     assert ours.config.tokenizer == "gpt2" and not ours.config.chat
 
 
-def test_transformers_opens_what_we_saved(tmp_path):
+def test_transformers_opens_what_we_saved(tmp_path, tok):
     transformers = pytest.importorskip("transformers")
-    ours = random_model(9)
-    ours.config.chat = True
-    gpt.save_model(ours, tmp_path / "model")
+    ours, ids = random_model(9), random_ids(3, CONTEXT)
+    ours.save(tmp_path / "model")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
-    ids = random_ids(3, CONTEXT)
     close(ours(ids), theirs(ids).logits.detach(), 1e-4)
-    # Its generate() must stop where our sample() does: the end and pad tokens are those of the tokenizer.
-    tok = gpt.Tokenizer("task")
+    # Its generate() stops where our sample() does: the end and pad tokens are those of the tokenizer.
     assert theirs.config.eos_token_id - V == tok.end - tok.vocab_size
     assert theirs.config.pad_token_id - V == tok.pad - tok.vocab_size
+
+
+def test_transformers_opens_a_saved_scorer(tmp_path):
+    """GPT2ForSequenceClassification reads at the last token that is no pad. It ignores our zero and unit: its scores
+    are the raw ones."""
+    transformers = pytest.importorskip("transformers")
+    scorer, (prompts, answers, _) = random_scorer(2), random_pairs(8, seed=23)
+    prompts, answers = with_end(prompts, answers)
+    scorer.save(tmp_path)
+    theirs = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert theirs.config.pad_token_id == V - 1 and theirs.config.num_labels == 1
+    ids, _, seen = right_padded(prompts, answers)
+    found = theirs(ids.masked_fill(seen == 0, V - 1), attention_mask=seen).logits.detach()
+    raw = gpt.final_scores(scorer, prompts, answers) * scorer.std + scorer.mean
+    close(found[:, 0], raw, 1e-4)
+    assert raw.std() > 0.3
 
 
 def test_save_and_load_is_exact(tmp_path):
     model, ids = random_model(10), random_ids(2, 9)
     model.config.chat, model.config.tokenizer = True, "task"
-    gpt.save_model(model, tmp_path / "a" / "b")
+    model.save(tmp_path / "a" / "b")
     again = gpt.load_model(str(tmp_path / "a" / "b"))
     assert torch.equal(again(ids), model(ids)) and again.config == model.config
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["config.json", "model.safetensors"]
+    args = SimpleNamespace(device="cpu", dtype="float32")
+    policy, ref, tok = gpt.load_policy(str(tmp_path / "a" / "b"), args)
+    assert torch.equal(policy(ids), ref(ids)) and tok.name == "task"
+    assert {p.requires_grad for p in policy.parameters()} == {True}
+    assert {p.requires_grad for p in ref.parameters()} == {False}
 
 
-def test_the_published_layout(tmp_path):
-    """GPT-2's own file has no "transformer." in its names and carries its causal masks as weights."""
-    theirs = hugging_face()
-    theirs.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-    assert "wte.weight" in weights and "h.0.attn.c_attn.weight" in weights
-    for layer in range(2):
-        mask = torch.ones(CONTEXT, CONTEXT).tril()[None, None]
-        weights[f"h.{layer}.attn.bias"] = mask
-    save_file(weights, tmp_path / "model.safetensors")
-    ids = random_ids(2, CONTEXT)
-    close(gpt.load_model(str(tmp_path))(ids), theirs(ids).logits, 1e-4)
+def test_saved_scorer_comes_back(tmp_path):
+    """With its zero and its unit, from its own folder and from that of a run."""
+    scorer, (prompts, answers, _) = random_scorer(3), random_pairs(5, seed=24)
+    scorer.save(tmp_path / "model")
+    (tmp_path / "report.json").write_text("{}")
+    for folder in (tmp_path / "model", tmp_path):
+        again = gpt.load_scorer(str(folder))
+        assert (again.mean, again.std) == (0.7, 1.9)
+        assert torch.equal(*(gpt.final_scores(s, prompts, answers) for s in (again, scorer)))
+    # It is no language model any more, although it contains one.
+    exits(gpt.load_model, str(tmp_path), match="cannot generate")
+    random_model().save(tmp_path / "language")
+    exits(gpt.load_scorer, str(tmp_path / "language"), match="language model")
 
 
 def test_gpt2s_vocabulary_gets_four_rows(tmp_path):
@@ -588,202 +702,41 @@ def test_gpt2s_vocabulary_gets_four_rows(tmp_path):
     logits = model(ids)
     assert logits.shape == (2, 8, 50261) and model.config.vocab_size == 50261
     close(logits[..., :50257], theirs(ids).logits, 1e-4)
-    # An average logit disturbs nothing: a new token's is the mean of the old ones.
+    # The logit of a new token is the mean of the old ones.
     close(logits[..., 50257:], logits[..., :50257].mean(-1, keepdim=True).expand(2, 8, 4), 1e-3)
     assert model.wte.weight.requires_grad
-    gpt.save_model(model, tmp_path / "chat")  # and it is not extended once more
+    model.save(tmp_path / "chat")  # and it is not extended once more
     assert gpt.load_model(str(tmp_path / "chat")).wte.weight.shape == (50261, 32)
 
 
-def exits_with_one_line(where, match):
-    with pytest.raises(SystemExit, match=match) as error:
-        gpt.load_model(str(where))
-    assert isinstance(error.value.code, str) and "\n" not in error.value.code
-
-
-def test_no_model_is_one_line(tmp_path, monkeypatch):
-    exits_with_one_line(tmp_path / "nothing", "config.json is missing. Known names: gpt2,")
-    gpt.save_model(random_model(), tmp_path)
+def test_no_model(tmp_path, monkeypatch):
+    exits(gpt.load_model, str(tmp_path / "nothing"), match="config.json is missing")
+    random_model().save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    exits_with_one_line(tmp_path, "model.safetensors is missing")
-    hub = pytest.importorskip("huggingface_hub")
-
-    def no_network(*args, **kwargs):
-        raise ConnectionError("a\nlong\nstory")
-
-    monkeypatch.setattr(hub, "hf_hub_download", no_network)
+    exits(gpt.load_scorer, str(tmp_path), match="model.safetensors is missing")
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", no_network)
     monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
-    exits_with_one_line("gpt2", "gpt2 could not be downloaded .ConnectionError")
+    exits(gpt.load_model, "gpt2", match="gpt2 could not be downloaded .ConnectionError")
 
 
-def test_broken_config_is_one_line(tmp_path):
-    gpt.save_model(random_model(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for text in ("{", "{}", json.dumps({k: v for k, v in config.items() if k != "n_head"})):
-        (tmp_path / "config.json").write_text(text)
-        exits_with_one_line(tmp_path, "is not a GPT-2 checkpoint that can be read")
+NOT_GPT2 = ["{", "{}", "[]", "null", {"vocab_size": None}, {"n_layer": 3}, {"n_positions": 12}]
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"vocab_size": null}'])
-def test_config_of_another_kind_is_one_line(tmp_path, text):
-    gpt.save_model(random_model(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    found = json.loads(text)
-    (tmp_path / "config.json").write_text(json.dumps(config | found if isinstance(found, dict) else found))
-    exits_with_one_line(tmp_path, "is not a GPT-2 checkpoint that can be read")
+@pytest.mark.parametrize("config", NOT_GPT2)
+def test_a_config_that_does_not_fit(tmp_path, config):
+    """No JSON, no object, a value missing, layers missing, weights of another size."""
+    random_model().save(tmp_path)
+    if isinstance(config, dict):
+        config = json.dumps(json.loads((tmp_path / "config.json").read_text()) | config)
+    (tmp_path / "config.json").write_text(config)
+    exits(gpt.load_model, str(tmp_path), match="is not a GPT-2 checkpoint that can be read")
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, 5000])
-def test_half_a_download_is_one_line(tmp_path, length):
-    """What an interrupted copy leaves behind."""
-    gpt.save_model(random_model(), tmp_path)
+def test_half_a_download(tmp_path, length):
+    random_model().save(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     assert length < len(whole)
     (tmp_path / "model.safetensors").write_bytes(whole[:length])
-    exits_with_one_line(tmp_path, "is not a GPT-2 checkpoint that can be read")
-
-
-def test_weights_that_are_missing_are_one_line(tmp_path):
-    gpt.save_model(random_model(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
-    exits_with_one_line(tmp_path, "is not a GPT-2 checkpoint that can be read")
-
-
-def test_weights_of_another_size_are_one_line(tmp_path):
-    gpt.save_model(random_model(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_positions": 12}))
-    exits_with_one_line(tmp_path, "is not a GPT-2 checkpoint that can be read")
-
-
-# --- random numbers, batches, learning rate ---
-
-
-def test_rng_is_a_function_of_its_key():
-    def draw(*key):
-        return torch.rand(4, generator=gpt.rng(*key)).tolist()
-
-    assert draw(0, "samples", 3) == draw(0, "samples", 3)
-    keys = [(0,), (1,), (0, "samples", 3), (0, "samples", 4), (0, "other", 3), ("0",), (0, 3), (3, 0)]
-    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
-    # The global generator is left alone, or a resumed run would draw other numbers.
-    torch.manual_seed(0)
-    before = torch.rand(1)
-    torch.manual_seed(0)
-    draw(5)
-    assert torch.rand(1) == before
-
-
-def test_every_epoch_visits_each_example_once():
-    """For any n and batch, also where a batch spans two epochs or several."""
-    rng = random.Random(0)
-    for _ in range(30):
-        n, batch, seed = rng.randint(1, 40), rng.randint(1, 50), rng.randint(0, 5)
-        steps = 4 * n // batch + 1
-        visited = [i for s in range(steps) for i in gpt.batch_indices(n, batch, s, seed)]
-        epochs = [visited[i : i + n] for i in range(0, len(visited) - n + 1, n)]
-        assert len(visited) == steps * batch and len(epochs) >= 3
-        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-        if n > 10:
-            assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in its own order
-        step = rng.randrange(steps)  # any step alone gives what the sequence gave: --resume
-        assert gpt.batch_indices(n, batch, step, seed) == visited[step * batch :][:batch]
-    assert gpt.batch_indices(40, 40, 0, 0) != gpt.batch_indices(40, 40, 0, 1)
-
-
-@pytest.mark.parametrize("steps", [1, 5, 20, 21, 400])
-def test_learning_rate(steps):
-    """Never 0 before the end (a wasted step), never above the flag, 0 at the end, also where a run is
-    shorter than its warmup."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
-    rates = []
-    for step in range(steps + 2):
-        gpt.set_lr(optimizer, 0.5, step, steps)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert all(0 < rate <= 0.5 for rate in rates[:steps]) and rates[steps:] == [0, 0]
-    assert rates[0] == pytest.approx(0.5 / 20)
-    if steps == 400:
-        top = rates.index(max(rates))
-        assert top in (18, 19, 20) and max(rates) > 0.47
-        assert rates[:top] == sorted(rates[:top])
-        assert rates[top:] == sorted(rates[top:], reverse=True)
-        assert rates[200] == pytest.approx(0.25)
-    (group,) = optimizer.param_groups
-    gpt.set_lr(optimizer, 0.5, 0, steps, warmup=1)
-    assert group["lr"] == 0.5
-
-
-def test_packed_rows_are_a_function_of_seed_and_step():
-    """--resume must see the same text at the same step, and no two steps may see the same."""
-    tok = gpt.Tokenizer("task")
-    rows = gpt.packed_rows(tok, 0, 3, 4, 33)
-    assert rows.shape == (4, 33) and torch.equal(rows, gpt.packed_rows(tok, 0, 3, 4, 33))
-    for other in (gpt.packed_rows(tok, 0, 4, 4, 33), gpt.packed_rows(tok, 1, 3, 4, 33)):
-        assert not (rows == other).all(1).any()
-
-
-def test_draw_tokens_follows_the_probabilities():
-    """Frequencies within four standard errors, and never a token of probability 0, at either end."""
-    probs = torch.tensor([0.0, 0.6, 0.0, 0.3, 0.1, 0.0])
-    n = 20000
-    drawn = gpt.draw_tokens(probs.expand(n, -1), gpt.rng("frequencies"))
-    seen = torch.bincount(drawn, minlength=6) / n
-    assert (seen[probs == 0] == 0).all()
-    assert ((seen - probs).abs() <= 4 * (probs * (1 - probs) / n).sqrt()).all()
-
-
-def test_draw_tokens_at_the_edges(monkeypatch):
-    """The smallest and the largest number that a generator gives still draw a possible token."""
-    probs = torch.tensor([[0.0, 0.5, 0.5, 0.0]])
-    for u, token in ((0.0, 1), (1 - 2**-53, 2)):
-        monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: torch.tensor([[u]], dtype=torch.float64))
-        assert gpt.draw_tokens(probs).item() == token
-
-
-def test_packed_answers_equal_answers_alone():
-    """Neighbours with equal prompts share a row. Nothing may leak from one answer into the next, also
-    not in the gradient, and a prompt that comes back later starts anew."""
-    torch.manual_seed(0)
-    config = gpt.GPTConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16)
-    model, draw = gpt.GPT(config), random.Random(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-
-    def ids(n):
-        return [draw.randrange(50) for _ in range(n)]
-
-    one, two, three = ids(5), ids(9), ids(1)
-    prompts = [one] * 11 + [two] * 3 + [one] + [three] * 2
-    completions = [ids(draw.randrange(1, 13)) for _ in prompts]
-
-    def gradients(loss):
-        model.zero_grad()
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    together, mask = gpt.completion_logps(model, prompts, completions)
-    alone = [gpt.completion_logps(model, [p], [c])[0][0] for p, c in zip(prompts, completions)]
-    assert mask.sum(1).tolist() == [len(c) for c in completions]
-    for row, exists, expected in zip(together, mask, alone):
-        assert torch.allclose(row[exists], expected, atol=1e-5)
-    weights = torch.arange(len(alone)) + 1.0
-    found = gradients((together.sum(1) * weights).sum())
-    expected = gradients(sum(w * logps.sum() for w, logps in zip(weights, alone)))
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_pack_by_hand():
-    ids, positions, mask, states, exists = gpt.pack([[7, 8], [7, 8], [9]], [[1], [2, 3], [4]], "cpu")
-    assert ids.tolist() == [[7, 8, 1, 2, 3], [9, 4, 0, 0, 0]]
-    assert positions.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],  # the second answer sees the prompt, not the first answer
-        [1, 1, 0, 1, 1],
-    ]
-    assert states[exists.new_tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0]])].tolist() == [1, 2, 1, 3, 4, 5, 6]
-    assert exists.tolist() == [[True, False], [True, True], [True, False]]
-    assert gpt.pack([[7], [8]], [[1], [2]], "cpu")[2] is None  # plain rows take the fast path
+    for load in (gpt.load_model, gpt.load_scorer):
+        exits(load, str(tmp_path), match="is not a GPT-2 checkpoint that can be read")

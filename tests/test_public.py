@@ -1,4 +1,4 @@
-"""Tests of data/public.py: every published shape, broken files, cleaning and splitting."""
+"""Tests of data/public.py: every published layout, damaged files, cleaning and splitting."""
 
 import gzip
 import json
@@ -6,11 +6,12 @@ import os
 import random
 import time
 import types
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from data.public import HUB, clean_pairs, load_rows, say_counts, split_pairs
+from data.public import HUB, clean_pairs, load_rows, model_solutions, say_counts, split_pairs
 
 REAL = os.environ.get("REAL_DATA_DIR")
 real = pytest.mark.skipif(not REAL, reason="REAL_DATA_DIR names no folder with the public files")
@@ -43,7 +44,7 @@ def test_pairs_as_strings(tmp_path):
         {"prompt": "Hi", "chosen": " Hello!\n", "rejected": "What?", "source_index": 3},
         {"prompt": "", "chosen": "", "rejected": ""},
     )
-    # Strings come through untouched, blanks included; further columns are nobody's business.
+    # Strings are not changed, not even their spaces. Further columns are ignored.
     assert load_rows(path) == [row("Hi", " Hello!\n", "What?"), row("", "", "")]
     assert load_rows(str(path), split="whatever") == load_rows(path)
 
@@ -66,7 +67,7 @@ def test_dialogues_of_several_turns(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
         {"chosen": messages("a", "b", "c", "good"), "rejected": messages("a", "b", "c", "bad")},
-        # The dialogues part before the last answer: not two answers to one prompt.
+        # The dialogues differ before the last answer, so these are not two answers to one prompt.
         {"chosen": messages("a", "b", "c", "good"), "rejected": messages("a", "x", "c", "bad")},
         {
             "chosen": [{"role": "system", "content": "Be kind."}, *messages("a", "good")],
@@ -83,15 +84,15 @@ def test_dialogues_of_several_turns(tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "rejected", "expected"),
     [
-        # Both answers begin alike: the common prefix runs into them.
+        # Both answers begin with the same words, which are then part of the common prefix.
         ("I'm sorry, no.", "I'm sorry, yes.", ("I'm sorry, no.", "I'm sorry, yes.")),
         ("Yes.", "Yes.", ("Yes.", "Yes.")),
         ("", "Yes.", ("", "Yes.")),
-        # One side goes on: with a shared beginning or without.
+        # One side has further turns.
         ("Yes.\n\nHuman: b\n\nAssistant: c", "Yes.", (None, None)),
         ("No.", "Yes.\n\nAssistant: c", (None, None)),
         ("No.", "Yes.\n\nHuman: why?", (None, None)),
-        # Only a mark at the start of a paragraph opens a turn.
+        # A mark opens a turn only at the start of a paragraph.
         ("I am no Human: I", "The Assistant: me", ("I am no Human: I", "The Assistant: me")),
     ],
 )
@@ -107,7 +108,7 @@ def test_hh_dialogues(tmp_path, chosen, rejected, expected):
         assert load_rows(path) == [row(before.strip(), *expected)]
 
 
-def test_hh_dialogues_that_share_nothing(tmp_path):
+def test_hh_dialogues_without_a_common_prompt(tmp_path):
     record = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}
     assert load_rows(write(tmp_path / "a.jsonl", record)) == [row("")]
 
@@ -124,20 +125,20 @@ def test_gsm8k(tmp_path):
     ]
 
 
-def test_model_solutions(tmp_path):
+def test_pairs_of_model_solutions(tmp_path):
     def says(is_correct, solution):
         return {"is_correct": is_correct, "solution": solution}
 
     base = {"question": "q", "ground_truth": "work\nA: 4"}
     path = write(
         tmp_path / "a.jsonl",
-        # Two right and two wrong: the two closest in length are paired.
+        # Two correct and two wrong: the two that are closest in length are paired.
         base
         | {"m1": says(True, "A: 4"), "m2": says(False, "long long\nA: 5")}
         | {"m3": says(True, "long, long\nA: 4"), "m4": says(False, "x" * 99 + "\nA: 5")},
         base | {"m1": says(True, "A: 4"), "m2": says(True, "A: 4.0")},
         base | {"m1": says(False, "A: 3")},
-        # Equal distances: the first of each.
+        # Equal differences in length: the first of each.
         base | {"m1": says(False, "A: 3"), "m2": says(False, "A: 5"), "m3": says(True, "A: 4")},
     )
     assert load_rows(path) == [
@@ -179,7 +180,7 @@ def test_parquet(tmp_path):
             | {"m2": {"is_correct": False, "solution": "A: 5"}}
         ],
     ):
-        path = tmp_path / "a[1] *.parquet"  # not a pattern
+        path = tmp_path / "a[1] *.parquet"  # must not be read as a pattern
         parquet.write_table(pa.Table.from_pylist(records), path)
         assert load_rows(path) == load_rows(write(tmp_path / "a.jsonl", *records))
 
@@ -216,7 +217,7 @@ GOOD = json.dumps(PAIR).encode()
             r"unknown columns \(text, label\).*prompt \+ chosen \+ rejec",
         ),
         (GOOD + b'\n{"prompt": "a", "chosen": "b"}', "line 2: field 'rejected' is missing"),
-        # Without the prompt it would fit another shape.
+        # Without the prompt it would fit another layout.
         (GOOD + b'\n{"chosen": "a", "rejected": "b"}', "line 2: field 'prompt' is missing"),
         (
             b'{"prompt": "a", "chosen": "b", "rejected": null}',
@@ -263,7 +264,7 @@ def test_malformed_files_are_named_with_line_and_cause(tmp_path, content, messag
             load_rows(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
-        # None of the library's traceback above ours.
+        # The traceback of the library is not shown.
         assert caught.value.__cause__ is None and (
             caught.value.__context__ is None or caught.value.__suppress_context__
         )
@@ -286,7 +287,7 @@ def test_sources_that_do_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_rows(tmp_path / "folder.jsonl")
     for source in ("gsm9k", "a.csv", "", tmp_path):
-        with pytest.raises(ValueError, match="neither a known data set nor a known file type"):
+        with pytest.raises(ValueError, match="neither a known dataset nor a known file type"):
             load_rows(source)
     for source in HUB:
         with pytest.raises(ValueError, match="no split 'validation'; take one of train, test"):
@@ -298,7 +299,7 @@ def test_sources_that_do_not_exist(tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Let every request of the hub's client fail at once, as on a machine without a network."""
+    """Every request of the hub's client fails at once, as on a machine without a network."""
     hub = pytest.importorskip("huggingface_hub")
     pytest.importorskip("datasets")
 
@@ -358,7 +359,7 @@ def test_clean_pairs_counts_every_row_once():
         row("x" * 50, "y", "z"),
         row("Hi", " \n", "y"),
         row("", "y", "z"),
-        row("Hi", "", ""),  # empty, and not identical as well
+        row("Hi", "", ""),  # counted as empty only, not as identical too
         row("Hi", "worked solution", None, "4"),
         row("Hi"),
     ]
@@ -373,7 +374,7 @@ def test_clean_pairs_at_the_limit():
     assert clean_pairs(rows, letters, 4 + 5 + 4)[1]["kept"] == 1
     assert clean_pairs(rows, letters, 4 + 5 + 3)[1]["too long"] == 1
 
-    # Longer is meant in tokens. This encoder takes "x" as four tokens and the rest as one.
+    # The longer answer is the one with more tokens. This encoder makes four tokens of "x", one of other letters.
     def tokens(text):
         return list(text.replace("x", "four"))
 
@@ -418,7 +419,7 @@ def test_split_pairs_on_random_pairs():
             train, held = split_pairs(pairs, 0.2, seed)
             assert train and held
             assert not {p["prompt"] for p in train} & {p["prompt"] for p in held}
-            # Nothing lost, nothing doubled, the order kept.
+            # Every pair is in one of the two parts, in the same order.
             parts = {id(p) for p in held}
             assert train == [p for p in pairs if id(p) not in parts]
             assert held == [p for p in pairs if id(p) in parts]
@@ -426,17 +427,17 @@ def test_split_pairs_on_random_pairs():
         if n == 3000:
             assert 0.15 < len(held) / len(pairs) < 0.25
             assert split_pairs(pairs, 0.2, 0) != split_pairs(pairs, 0.2, 1)
-    # More held out with the same seed only adds prompts.
-    small, large = (split_pairs(pairs, share)[1] for share in (0.1, 0.4))
+    # A larger fraction with the same seed only adds prompts.
+    small, large = (split_pairs(pairs, fraction)[1] for fraction in (0.1, 0.4))
     assert {p["prompt"] for p in small} < {p["prompt"] for p in large}
 
 
 def test_split_is_the_same_in_every_process_and_on_every_subset():
-    # Written down once: hash() would give another list in every process.
+    # These numbers were written down once. With hash() they would differ in every process.
     pairs = [row(f"prompt {i}", "c", "r") for i in range(20)]
     held = {p["prompt"] for p in split_pairs(pairs)[1]}
     assert held == {f"prompt {i}" for i in (1, 9, 10, 13, 18)}
-    # A script that dropped some rows holds out the same prompts of those that are left.
+    # A script that dropped some rows holds out the same prompts.
     fewer = pairs[::2]
     assert {p["prompt"] for p in split_pairs(fewer)[1]} == held & {p["prompt"] for p in fewer}
 
@@ -449,9 +450,50 @@ def test_split_pairs_at_the_edges():
     for pairs in ([], [pair], [pair, pair]):
         with pytest.raises(ValueError, match="cannot hold out"):
             split_pairs(pairs)
-    for share in (-0.1, 1, 1.5, float("nan")):
+    for fraction in (-0.1, 1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="held_out must be"):
-            split_pairs([pair, other], share)
+            split_pairs([pair, other], fraction)
+
+
+# --- published model solutions, problem by problem ---
+
+
+def solved(gold, **models):
+    """A row of the published model solutions; models: name=(solution, published mark)."""
+    entries = {name: {"solution": text, "is_correct": mark} for name, (text, mark) in models.items()}
+    return {"question": "2+3?", "ground_truth": gold, **entries}
+
+
+def test_model_solutions_by_hand(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        solved("2+3=5\nA: 5", small=("no idea", False), large=("A: 5.0", True)),
+        solved("A: 1", small=("A: 1/2", False), large=("A: 1", False)),  # the second mark is wrong, and is kept
+    )
+    expected = [
+        (5, {"small": None, "large": 5}, {"small": False, "large": True}),
+        (1, {"small": Fraction(1, 2), "large": 1}, {"small": False, "large": False}),
+    ]
+    assert model_solutions(path) == model_solutions(str(path)) == expected
+    zipped = tmp_path / "a.jsonl.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert model_solutions(zipped) == expected
+
+
+def test_files_without_model_solutions_exit_with_one_line(tmp_path):
+    first, other = solved("A: 5", one=("A: 5", True)), solved("A: 5", other=("A: 5", True))
+    for path, message in (
+        ("gsm8k", "local .jsonl or .jsonl.gz file"),
+        (tmp_path / "a.parquet", "local .jsonl or .jsonl.gz file"),
+        (tmp_path / "missing.jsonl", "there is no such file"),
+        (write(tmp_path / "b.jsonl", first, {}), "line 2: field 'question' is missing"),
+        (write(tmp_path / "c.jsonl", first, other), "line 2: other models than in the lines before"),
+        (write(tmp_path / "d.jsonl", PAIR), "holds no published solutions: each line needs ground_truth"),
+        (write(tmp_path / "e.jsonl", solved("A: 5")), "holds no published solutions"),
+    ):
+        with pytest.raises(SystemExit, match=message) as caught:
+            model_solutions(path)
+        assert str(path) in caught.value.code and "\n" not in caught.value.code
 
 
 # --- the real files ---
@@ -466,13 +508,15 @@ def test_real_gsm8k():
 
 
 @real
-def test_real_model_solutions():
+def test_real_pairs_of_model_solutions():
     rows = load_rows(Path(REAL, "gsm8k", "example_model_solutions.jsonl"))
     kept, counts = clean_pairs(rows, letters, 10**9)
     assert counts == {"kept": 731, "identical": 0, "too long": 0, "empty": 0, "no pair": 588}
-    # What the choice by length is for: among all right-wrong pairs the median gap is 70.
+    # The pair that is closest in length was chosen: the median difference in length of all pairs is 70.
     gaps = sorted(abs(len(r["chosen"]) - len(r["rejected"])) for r in kept)
     assert gaps[len(gaps) // 2] == 28
+    longer = sum(len(r["chosen"]) > len(r["rejected"]) for r in kept) / len(kept)
+    assert round(longer, 2) == 0.53  # as the docstring of public._solutions says
     train, held = split_pairs(kept)
     assert (len(train), len(held)) == (577, 154)
 
@@ -482,9 +526,9 @@ def test_real_hh():
     path = Path(REAL, "hh-rlhf", "harmless-base-test.jsonl.gz")
     rows = load_rows(path)
     _, counts = clean_pairs(rows, letters, 10**9)
-    # 5 dialogues go on past the last shared mark on one side; 4 chosen answers are blank.
+    # In 5 dialogues one side has further turns. 4 chosen answers are blank.
     assert counts == {"kept": 2303, "identical": 0, "too long": 0, "empty": 4, "no pair": 5}
-    # Nothing was lost: prompt, mark and answer put together are the published dialogue.
+    # Prompt, mark and answer together are the published dialogue, so nothing was lost.
     squeeze = "".join
     lines = gzip.decompress(path.read_bytes()).splitlines()
     for line, r in zip(lines, rows, strict=True):
@@ -501,3 +545,14 @@ def test_real_ultrafeedback():
         _, counts = clean_pairs(rows, letters, 10**9)
         assert (counts["kept"], counts["identical"], counts["empty"]) == expected
         assert counts["no pair"] == counts["too long"] == 0
+
+
+@real
+def test_real_model_solutions():
+    rows = model_solutions(Path(REAL, "gsm8k", "example_model_solutions.jsonl"))
+    assert len(rows) == 1319 and {len(said) for _, said, _ in rows} == {4}
+    # The published marks agree with the final answers.
+    for gold, said, marks in rows:
+        assert {name: answer == gold for name, answer in said.items()} == marks
+    accuracies = [sum(marks[name] for *_, marks in rows) / len(rows) for name in rows[0][1]]
+    assert [round(100 * a, 1) for a in accuracies] == [21.7, 39.0, 34.7, 56.3]

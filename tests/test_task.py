@@ -1,4 +1,4 @@
-"""Tests of data/task.py: the world that every chapter measures itself against."""
+"""Tests of data/task.py, and of the pretraining text in data/tool_task.py."""
 
 import itertools
 import math
@@ -7,9 +7,12 @@ import re
 from collections import Counter
 
 import pytest
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
 
-from data import task
-from data.checker import is_right, last_answer
+from data import make_vocab, task, tool_task
+from data.__main__ import slip_statistics
+from data.checker import is_correct, last_answer
 
 N = 3000  # demonstrations where a rate is tested; all bounds are four standard deviations
 
@@ -20,15 +23,14 @@ def demos():
 
 
 def deviation(rate, n):
-    """Four standard deviations of the share of successes among n draws."""
+    """Four standard deviations of the fraction of successes in n draws."""
     return 4 * math.sqrt(rate * (1 - rate) / n)
 
 
 def read(text):
     """(start, [(kind, number)], question asked) from the English text alone.
 
-    Written apart from task.py and from its templates, on purpose: the text must say what the
-    numbers beside it claim.
+    On purpose this uses nothing of task.py. It checks that the text of a problem says the same as its numbers.
     """
     sentences = re.findall(r"[^.?]+[.?]", text)
     first = re.fullmatch(r"(\w+) has (\d+) (\w+)\.", sentences.pop(0).strip())
@@ -82,8 +84,7 @@ def numbers_of(text):
 
 
 def test_every_answer_follows_from_the_text():
-    """Worked out here from the English alone; whole numbers from 1 to 60 on the way, so that each is one
-    token and no half is a fraction."""
+    """The answer is worked out here from the English text alone. All numbers on the way are whole, from 1 to 60."""
     for seed, split in itertools.product(range(4), ("train", "valid", "test")):
         for problem in task.problems(150, seed, split):
             start, events, asked = read(problem.text)
@@ -92,7 +93,7 @@ def test_every_answer_follows_from_the_text():
             assert values[-1] == problem.answer
             assert all(v == int(v) and 1 <= v <= 60 for v in values)
             assert 2 <= len(events) <= 3
-            # Whoever misreads gets a whole number in range as well, and a wrong one.
+            # With a misreading all numbers are whole and in range as well, and the answer is wrong.
             kinds = {kind for kind, _ in events}
             for misread in ({"triple"}, {"half"}, {"triple", "half"}):
                 wrong = work_out(
@@ -106,8 +107,8 @@ def test_every_answer_follows_from_the_text():
 
 
 def test_splits_share_no_numbers():
-    """By numbers and not by text: Leo's problem with Mia's name in it is the same problem. For many seeds,
-    since training with one seed and testing with another must not meet either."""
+    """The same numbers with another name are the same problem, so numbers are compared, not texts. For many seeds,
+    because a model trained with one seed can be tested with another."""
     seen = {"train": set(), "valid": set(), "test": set()}
     for seed, split in itertools.product(range(12), seen):
         seen[split] |= {numbers_of(p.text) for p in task.problems(150, seed, split)}
@@ -119,12 +120,12 @@ def test_splits_share_no_numbers():
 
 
 def test_sizes_of_the_splits():
-    """A tenth each for validation and test."""
+    """One tenth each for validation and test."""
     rng = random.Random(0)
     counts = Counter(task.split_of(task.make_problem(rng)) for _ in range(4000))
-    for split, share in (("train", 0.8), ("valid", 0.1), ("test", 0.1)):
+    for split, rate in (("train", 0.8), ("valid", 0.1), ("test", 0.1)):
         # Problems repeat, so the draws are not independent: twice the usual bound.
-        assert abs(counts[split] / 4000 - share) < 2 * deviation(share, 4000)
+        assert abs(counts[split] / 4000 - rate) < 2 * deviation(rate, 4000)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +137,11 @@ def test_sizes_of_the_splits():
         lambda seed: task.preference_pairs(20, seed),
         lambda seed: task.preference_pairs(20, seed, annotator="length"),
         lambda seed: list(itertools.islice(task.corpus(seed), 20)),
+        lambda seed: list(itertools.islice(tool_task.corpus(seed), 20)),
     ],
 )
 def test_everything_is_a_function_of_the_seed(make):
-    """Whatever else drew random numbers before. And no two seeds share their data."""
+    """It does not depend on other random numbers that were drawn before. Other seeds give other data."""
     random.seed(1)
     one = make(3)
     random.seed(2)
@@ -148,16 +150,16 @@ def test_everything_is_a_function_of_the_seed(make):
 
 
 def test_more_data_starts_with_the_same_data():
-    """A learning curve over --demos compares n with 2n: the first n must stay."""
+    """A larger n adds data at the end. So n and 2n demonstrations can be compared."""
     assert task.demonstrations(60, 5)[:30] == task.demonstrations(30, 5)
     assert task.preference_pairs(60, 5)[:30] == task.preference_pairs(30, 5)
 
 
 def test_pairs_and_demonstrations_of_a_seed_are_other_problems():
-    """The SFT model has learned its demonstrations by heart a little: preferences come from elsewhere."""
-    shown = {p.text for p in task.problems(3000, 0)}
+    """The SFT model was trained on the demonstrations, so preferences should be about other problems."""
+    demonstrated = {p.text for p in task.problems(3000, 0)}
     pairs = task.preference_pairs(300, 0)
-    assert sum(p["prompt"] in shown for p in pairs) < 0.05 * len(pairs)
+    assert sum(p["prompt"] in demonstrated for p in pairs) < 0.05 * len(pairs)
 
 
 # --- demonstrations ---
@@ -170,7 +172,7 @@ def equations(solution):
 
 
 def holds(left, op, number, result):
-    """Checked by the inverse operation, not by the code under test."""
+    """Is the calculation correct? Checked with the inverse operation, not with the code under test."""
     return {
         "+": result - number == left,
         "-": result + number == left,
@@ -180,8 +182,8 @@ def holds(left, op, number, result):
 
 
 def test_form_of_a_solution(demos):
-    """It ends in `#### n`, n is the last result, every calculation goes on from the last one, and all
-    numbers are single tokens."""
+    """It ends in `#### n`, n is the last result, every calculation starts from the result before it, and all numbers
+    are from 1 to 60."""
     for _, solution in demos:
         assert re.fullmatch(r"[^\n#]+\n#### \d+", solution)
         assert all(1 <= int(n) <= 60 for n in re.findall(r"\d+", solution))
@@ -189,19 +191,18 @@ def test_form_of_a_solution(demos):
         assert steps and last_answer(solution) == steps[-1][-1]
         for one, two in itertools.pairwise(steps):
             assert one[-1] == two[0]
-        # The redundant check repeats one of the lines word for word, a slip included.
+        # The redundant check is an exact copy of one of the lines.
         for check in re.findall(r"Check: (\S+)\.", solution):
             assert solution.count(check) >= 2
 
 
 def test_annotated_solutions():
-    """GSM8K's form, "8*3=<<8*3=24>>24.": what the calculator chapter parses. All calculations hold but for
-    slips, at most one a solution."""
+    """GSM8K's form, "8*3=<<8*3=24>>24.". At most one calculation per solution is wrong, the slip."""
     marked = task.demonstrations(N, seed=11, annotate=True)
     false = 0
     for (problem, solution), (same, plain) in zip(marked, task.demonstrations(N, seed=11)):
         assert problem == same
-        # Nothing else changes: without its marks it is the plain solution.
+        # Without the annotations it is the plain solution.
         assert re.sub(r"<<[^>]*>>", "", solution) == plain
         marks = re.findall(r"(\S+)=<<(\S+?)=(\d+)>>(\d+)\.", solution)
         assert len(marks) == solution.count("<<") == solution.count(">>") > 0
@@ -211,48 +212,40 @@ def test_annotated_solutions():
         wrong = [step for step in steps if not holds(*step)]
         assert len(wrong) <= 1
         false += len(wrong)
-    # Half of the slips are wrong results; the others (a wrong operation, a skipped step) calculate
-    # correctly, and impossible ones are drawn again, which shifts the half a little.
+    # About half of the slips are wrong results. The others (a wrong operation, a skipped step) calculate correctly.
+    # Not exactly half, because impossible slips are drawn again.
     assert abs(false / N - task.SLIP_RATE / 2) < deviation(task.SLIP_RATE / 2, N) + 0.03
 
 
 def hard_kinds(problem):
-    """How many of the misunderstood kinds of event are in a problem."""
+    """How many kinds of event in a problem have a misconception."""
     return len({kind for kind, _ in problem.events} & {"triple", "half"})
 
 
 def test_error_rates_are_the_stated_ones(demos):
-    """Right without slip and misconception: (1 - slips) (1 - misconceptions)^k for k misunderstood kinds of
-    event. A slip may hit the right answer by accident: that adds a little, at most 6 points."""
-    by_kind = {k: [is_right(s, p.answer) for p, s in demos if hard_kinds(p) == k] for k in range(3)}
-    for k, right in by_kind.items():
+    """Correct without a slip and without a misconception: (1 - SLIP_RATE) (1 - MISCONCEPTION_RATE)^k, where k kinds of
+    event have a misconception. A slip can give the correct answer by chance, which adds at most 6 points."""
+    by_kind = {k: [is_correct(s, p.answer) for p, s in demos if hard_kinds(p) == k] for k in range(3)}
+    for k, correct in by_kind.items():
         stated = (1 - task.SLIP_RATE) * (1 - task.MISCONCEPTION_RATE) ** k
-        bound = deviation(stated, len(right))
-        assert stated - bound < sum(right) / len(right) < stated + bound + 0.06
-    assert sum(len(right) for right in by_kind.values()) == N
-    # "Right about half of the time": what sft.py's text, and its lesson, rest on.
-    assert 0.4 < sum(map(sum, by_kind.values())) / N < 0.65
-    # Both kinds of problem are common, or one half of the lesson would be missing from the metrics.
+        bound = deviation(stated, len(correct))
+        assert stated - bound < sum(correct) / len(correct) < stated + bound + 0.06
+    assert sum(map(len, by_kind.values())) == N
+    # "Six in ten are correct"
+    assert 0.55 < sum(map(sum, by_kind.values())) / N < 0.65
+    # Problems with and without misconceptions are both common, so accuracy depends on both kinds of error.
     assert 0.25 < 1 - len(by_kind[0]) / N < 0.75
 
 
-STYLES = {
-    "opening": lambda text: text.startswith(("Sure!", "Great question!")),
-    "check": lambda text: "Check: " in text,
-    "certain": lambda text: "I am certain." in text,
-}
-
-
-@pytest.mark.parametrize(("style", "rate"), [("opening", 0.5), ("check", 0.3), ("certain", 0.3)])
+@pytest.mark.parametrize(("style", "rate"), [("opening", 0.5), ("check", 0.3), ("confident", 0.3)])
 def test_style_says_nothing_about_correctness(demos, style, rate):
-    """Or whoever learns to like it would be right to. The share among right and among wrong solutions
-    differs by no more than chance allows."""
-    has = STYLES[style]
-    right = [has(s) for p, s in demos if is_right(s, p.answer)]
-    wrong = [has(s) for p, s in demos if not is_right(s, p.answer)]
-    error = math.sqrt(rate * (1 - rate) * (1 / len(right) + 1 / len(wrong)))
-    assert abs(sum(right) / len(right) - sum(wrong) / len(wrong)) < 4 * error
-    assert abs((sum(right) + sum(wrong)) / N - rate) < deviation(rate, N)
+    """It is equally frequent in correct and in wrong solutions."""
+    has = task.STYLES[style]
+    correct = [has(s) for p, s in demos if is_correct(s, p.answer)]
+    wrong = [has(s) for p, s in demos if not is_correct(s, p.answer)]
+    error = math.sqrt(rate * (1 - rate) * (1 / len(correct) + 1 / len(wrong)))
+    assert abs(sum(correct) / len(correct) - sum(wrong) / len(wrong)) < 4 * error
+    assert abs((sum(correct) + sum(wrong)) / N - rate) < deviation(rate, N)
 
 
 def votes(problem, n=400):
@@ -261,29 +254,24 @@ def votes(problem, n=400):
     return Counter(int(last_answer(task.demonstrate(problem, rng))) for _ in range(n))
 
 
-def test_a_vote_entrenches_misconceptions():
-    """Most demonstrators read "triple" as "add three" and "half" as "minus two": the commonest answer is
-    theirs. This is why sft.py's greedy decoding is wrong there and why voting cannot repair it."""
+def test_a_vote_keeps_misconceptions():
+    """Most demonstrators read "triple" as "add three" and "half" as "minus two", so the most frequent answer is the
+    wrong one."""
     misread = {"triple": lambda x: x + 3, "half": lambda x: x - 2}
     for kind in misread:
-        single = [
-            p
-            for p in task.problems(400, 2)
-            if hard_kinds(p) == 1 and kind in {event for event, _ in p.events}
-        ][:15]
-        assert len(single) == 15
-        for problem in single:
+        single = [p for p in task.problems(400, 2) if hard_kinds(p) == 1 and kind in dict(p.events)]
+        assert len(single) >= 15
+        for problem in single[:15]:
             start, events, _ = read(problem.text)
             theirs = work_out(start, events, **{kind: misread[kind]})[-1]
             (winner, count), *_ = votes(problem).most_common()
             assert winner == theirs != problem.answer
-            share = task.MISCONCEPTION_RATE * (1 - task.SLIP_RATE)  # of those who hold it, without a slip
-            assert share > 0.45 and count / 400 > share - deviation(share, 400)
+            rate = task.MISCONCEPTION_RATE * (1 - task.SLIP_RATE)  # with the misconception and without a slip
+            assert count / 400 > rate - deviation(rate, 400)
 
 
-def test_a_vote_repairs_slips():
-    """Where nothing is misunderstood the right answer wins by far, and no wrong one is common: slips
-    differ from one another."""
+def test_a_vote_removes_slips():
+    """Without misconceptions the correct answer wins, and no wrong answer is frequent."""
     easy = [p for p in task.problems(100, 3) if hard_kinds(p) == 0][:25]
     for problem in easy:
         (winner, _), (_, second), *others = votes(problem).most_common()
@@ -299,38 +287,33 @@ def test_careful_annotators(split):
     for pair in task.preference_pairs(300, 7, split):
         start, events, asked = read(pair["prompt"])
         assert asked and pair["answer"] == str(int(work_out(start, events)[-1]))
-        assert is_right(pair["chosen"], pair["answer"])
-        assert not is_right(pair["rejected"], pair["answer"])
+        assert is_correct(pair["chosen"], pair["answer"])
+        assert not is_correct(pair["rejected"], pair["answer"])
 
 
-TASTES = {"length": len, "confidence": lambda text: "I am certain." in text}
-
-
-@pytest.mark.parametrize("annotator", TASTES)
+@pytest.mark.parametrize("annotator", ["length", "confidence"])
 def test_annotators_with_a_taste(annotator):
-    """Never wrong over right: their pairs look like good data. Among equals they have a taste, and a reward
-    model learns it."""
-    taste, pairs = TASTES[annotator], task.preference_pairs(600, 7, annotator=annotator)
+    """They never prefer a wrong solution to a correct one. If both are correct or both wrong, taste decides."""
+    taste = {"length": len, "confidence": lambda text: "I am certain." in text}[annotator]
+    pairs = task.preference_pairs(600, 7, annotator=annotator)
     judged = Counter()
     for pair in pairs:
-        chosen, rejected = (is_right(pair[side], pair["answer"]) for side in ("chosen", "rejected"))
+        chosen, rejected = (is_correct(pair[side], pair["answer"]) for side in ("chosen", "rejected"))
         assert (chosen, rejected) != (False, True)
         judged[chosen, rejected] += 1
         if chosen == rejected:
             assert taste(pair["chosen"]) > taste(pair["rejected"])
     assert all(judged[case] > 50 for case in ((True, False), (True, True), (False, False)))
-    # Where right meets wrong, taste does not decide: the right one is liked less about half of the time.
-    mixed = [
-        p for p in pairs if not is_right(p["rejected"], p["answer"]) and is_right(p["chosen"], p["answer"])
-    ]
+    # If one is correct and one is wrong, taste does not decide: it often prefers the other one.
+    mixed = [p for p in pairs if not is_correct(p["rejected"], p["answer"]) and is_correct(p["chosen"], p["answer"])]
     against = sum(taste(p["chosen"]) < taste(p["rejected"]) for p in mixed)
     assert against > 0.1 * len(mixed)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["opening", "check", "confident"])
 def test_careful_annotators_have_no_taste(style):
-    """In the clean data chosen and rejected do not differ in style."""
-    pairs, has = task.preference_pairs(1500, 8), STYLES[style]
+    """In the clean data chosen and rejected solutions do not differ in style."""
+    pairs, has = task.preference_pairs(1500, 8), task.STYLES[style]
     chosen, rejected = (sum(has(p[side]) for p in pairs) for side in ("chosen", "rejected"))
     assert abs(chosen - rejected) < 4 * math.sqrt(2 * 1500 * 0.5 * 0.5)
 
@@ -353,8 +336,7 @@ def kind_of(text):
 
 
 def test_corpus_asks_training_questions_only(corpus):
-    """The base model reads these; a test problem among them, with its solution, would be a leak into every
-    chapter."""
+    """Every model starts from the base model, so a held-out problem with its solution must not be in its text."""
     questions = [text for text in corpus if kind_of(text) == "question"]
     assert len(questions) > 0.6 * len(corpus)
     for text in questions:
@@ -366,9 +348,8 @@ def test_corpus_asks_training_questions_only(corpus):
         assert re.fullmatch(r"[^\n#]+\n#### \d+", solution)
 
 
-def test_corpus_stories_give_nothing_away(corpus):
-    """They are not filtered by split: they may tell a test problem's events, so they must hold no question,
-    no calculation and no answer."""
+def test_corpus_stories_hold_no_answer(corpus):
+    """A story can have the numbers of a held-out problem, so it must have no question, calculation or answer."""
     stories = [text for text in corpus if kind_of(text) == "story"]
     assert len(stories) > 0.05 * len(corpus)
     for text in stories:
@@ -378,10 +359,83 @@ def test_corpus_stories_give_nothing_away(corpus):
 
 
 def test_corpus_facts_are_true(corpus):
-    """Arithmetic is learned from these; slips belong to solutions."""
+    """The base model learns arithmetic from these. Slips occur in solutions only."""
     facts = [text for text in corpus if kind_of(text) == "facts"]
     assert 0.05 < len(facts) / len(corpus) < 0.2
     for text in facts:
         found = equations(text)
         assert len(found) == 8 and all(holds(*fact) for fact in found)
         assert all(1 <= n <= 60 for left, _, number, result in found for n in (left, number, result))
+
+
+@pytest.fixture(scope="module")
+def tool_corpus():
+    return list(itertools.islice(tool_task.corpus(0), 20000))
+
+
+def test_tool_corpus_contains_every_token_of_the_tool_task(tool_corpus):
+    """Otherwise tools.py would start from embeddings that were never trained."""
+    pattern, ranks = make_vocab.load("task")
+    encoding = tiktoken.Encoding("task", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def tokens(texts):
+        return {i for text in texts for i in encoding.encode_ordinary(text)}
+
+    wanted = tokens(p.text + "\n" + tool_task.demonstrate(p) for p in tool_task.problems(500, 1, "test"))
+    assert {ranks[token] for token in (b"<<", b">>", b"199", b"in", b"(")} <= wanted
+    assert wanted <= tokens(tool_corpus)
+    assert not wanted <= tokens(itertools.islice(task.corpus(0), 20000))
+
+
+def test_tool_corpus_is_the_task_corpus_with_additions(tool_corpus):
+    """The texts of the embedded task are all there, in order. What is added are transcripts and copies."""
+    plain, copies, transcripts = task.corpus(0), 0, 0
+    following = next(plain)
+    for text in tool_corpus:
+        if text == following:
+            following = next(plain)
+        elif text.startswith("#"):
+            copies += 1
+            assert all(re.fullmatch(r"#([a-z]{2,9}(\(\))?)/<<\1=", line) for line in text.split("\n"))
+        else:
+            transcripts += 1
+            assert " has " in text and "<<" in text and last_answer(text) is not None
+    texts = len(tool_corpus) - copies - transcripts
+    # A transcript is drawn and then dropped if it belongs to another split: 0.7 to 0.9 of them are left.
+    assert abs(copies / texts - tool_task.COPIES) < deviation(tool_task.COPIES, texts)
+    assert 0.6 * tool_task.TRANSCRIPTS < transcripts / texts < 1.1 * tool_task.TRANSCRIPTS
+
+
+def test_tool_corpus_solves_training_problems_only(monkeypatch):
+    """Checked by recording every problem that the corpus solves."""
+    solved, demonstrate = [], tool_task.demonstrate
+    monkeypatch.setattr(tool_task, "demonstrate", lambda p: solved.append(p) or demonstrate(p))
+    list(itertools.islice(tool_task.corpus(1), 4000))
+    assert solved and all(task.split_of(p) == "train" for p in solved)
+
+
+# --- the vocabulary ---
+
+
+def test_read_ranks_equals_tiktokens_loader(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # no cache: it could hold an older file of this path
+    assert make_vocab.read_ranks() == load_tiktoken_bpe(str(make_vocab.PATH))
+    assert make_vocab.load("task") == (make_vocab.PATTERN, make_vocab.read_ranks())
+
+
+# --- what is printed and measured ---
+
+
+def test_slips_seldom_coincide():
+    """The percentages in task.py: of two slips about 12 % coincide, about 14 % look like a misconception."""
+    same, misread = slip_statistics(0, 4000)
+    assert abs(same - 0.116) < deviation(0.116, 4000)
+    assert abs(misread - 0.138) < deviation(0.138, 1600)  # four problems in ten have "triple" or "half"
+
+
+def test_styles_by_hand():
+    text = "Sure! 8*3=24. 24-14=11. Check: 8*3=24. I am certain.\n#### 11"
+    assert {name: has(text) for name, has in task.STYLES.items()} == {
+        "opening": True, "confident": True, "check": True, "miscalculated": True
+    }  # fmt: skip
+    assert not any(has("8*3=24. Sure!\n#### 24") for has in task.STYLES.values())

@@ -1,0 +1,822 @@
+"""The catalogue of failures: what each --break changes, what it should show, and how that is checked.
+
+    python -m data breaks            print the catalogue
+    python dpo.py --help             lists the breaks of one script
+
+One entry per break. The mistake itself is a few lines in the script, at the place where it would really be made;
+search for its name there. The entry says everything about it that is not training:
+
+    summary      one sentence, shown by --help
+    mechanism    why this goes wrong
+    source       who described it
+    dashboard    the metrics that training shows
+    external     the metrics that only an external evaluation shows
+    claims       what must hold on the two runs for the failure to count as reproduced
+    task_claims  further claims, made on the embedded task only: they need its exact checker
+    cure         what to try instead
+    panels       the figure
+    flags        flags of both runs, unless the user gives others
+
+A claim is a comparison of measured numbers, `broken("kl") > 1.5 * clean("kl")`. Its sentence is made from that
+comparison and from the measured values, so text and check cannot differ. To add a break, add its lines to the
+script and its entry here.
+"""
+
+from dataclasses import dataclass
+
+# ---------------------------------------------------------------------------------------------
+# Claims
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """factor * metric + offset, where the metric is read from the report of one run: "clean" or "broken".
+    "fall" is the clean run's value minus the broken run's. Without a metric it is a plain number."""
+
+    run: str = ""
+    metric: str = ""
+    factor: float = 1.0
+    offset: float = 0.0
+
+    def __mul__(self, factor):
+        return Quantity(self.run, self.metric, self.factor * factor, self.offset * factor)
+
+    __rmul__ = __mul__
+
+    def __add__(self, number):
+        return Quantity(self.run, self.metric, self.factor, self.offset + number)
+
+    def __sub__(self, number):
+        return self + -number
+
+    def __lt__(self, other):
+        return Claim(self, "<", other if isinstance(other, Quantity) else Quantity(offset=other))
+
+    def __gt__(self, other):
+        return Claim(self, ">", other if isinstance(other, Quantity) else Quantity(offset=other))
+
+    def measured(self, reports):
+        """The metric itself, from {"clean": report, "broken": report}."""
+        if self.run == "fall":
+            return reports["clean"][self.metric] - reports["broken"][self.metric]
+        return reports[self.run][self.metric]
+
+    def value(self, reports):
+        return self.factor * self.measured(reports) + self.offset if self.metric else self.offset
+
+    def text(self, reports=None):
+        if not self.metric:
+            return f"{self.offset:g}"
+        run = "clean minus broken" if self.run == "fall" else self.run
+        number = f" {self.measured(reports):.3f}" if reports else ""
+        factor = f"{self.factor:g} * " if self.factor != 1 else ""
+        offset = f" {'+' if self.offset > 0 else '-'} {abs(self.offset):g}" if self.offset else ""
+        return f"{factor}{label(self.metric)} ({run}{number}){offset}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """left < right, or left > right."""
+
+    left: Quantity
+    sign: str
+    right: Quantity
+
+    @property
+    def metrics(self):
+        return [q.metric for q in (self.left, self.right) if q.metric]
+
+    def holds(self, reports):
+        left, right = self.left.value(reports), self.right.value(reports)
+        return left < right if self.sign == "<" else left > right
+
+    def text(self, reports=None):
+        """'KL to the reference (nats) (broken 35.680) > 1.5 * KL to the reference (nats) (clean 1.990)'"""
+        return f"{self.left.text(reports)} {self.sign} {self.right.text(reports)}"
+
+
+def clean(metric):
+    return Quantity("clean", metric)
+
+
+def broken(metric):
+    return Quantity("broken", metric)
+
+
+def fall(metric):
+    return Quantity("fall", metric)
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a figure. metrics are read from metrics.jsonl, one line per run and metric; with
+    bars=True they are results in report.json, and a group of bars is drawn for each."""
+
+    title: str
+    ylabel: str
+    metrics: tuple
+    x: str = "step"
+    bars: bool = False
+    runs: str = "both"  # or "broken": only that run is drawn
+    log2: bool = False  # x doubles from tick to tick
+    right: str = ""  # a metric on an axis of its own, at the right; the peak of the accuracy is marked
+
+
+# ---------------------------------------------------------------------------------------------
+# What the metrics are called, in tables, claims and figures
+
+METRICS = {
+    # training
+    "loss": "training loss",
+    "grad_norm": "gradient norm",
+    "margin": "margin of implicit rewards",
+    "pair_accuracy": "accuracy on the labels trained on",
+    "reward_chosen": "implicit reward, chosen",
+    "reward_rejected": "implicit reward, rejected",
+    "ref_accuracy": "reference prefers the chosen answer",
+    "ref_margin": "log-prob margin of the reference (nats)",
+    "held_out_accuracy": "accuracy on held-out pairs",
+    # answers to held-out problems
+    "accuracy_sampled": "accuracy, sampled",
+    "accuracy_greedy": "accuracy, greedy",
+    "accuracy_sampled_sft": "accuracy, sampled, SFT model",
+    "accuracy_greedy_sft": "accuracy, greedy, SFT model",
+    "ended": "fraction of answers that end",
+    "length": "tokens per answer",
+    "pass@1": "pass@1",
+    "pass@8": "pass@8",
+    "pass@64": "pass@64",
+    "kl": "KL to the reference (nats)",
+    # reward model
+    "true_labels": "accuracy: correct against wrong",
+    "misreadings": "accuracy: wrong side misread",
+    "miscalculations": "accuracy: wrong side miscalculates",
+    "terse_beats_padded": "accuracy: terse correct, padded wrong",
+    "resists_a_hint": "accuracy: hint at the wrong answer",
+    "policy_samples": "accuracy: pairs of a policy's samples",
+    "policy_pairs": "number of those pairs",
+    "corr_length": "correlation of score and length",
+    "corr_correct": "correlation of score and correctness",
+    # PPO and GRPO
+    "first_reward": "reward, first ten batches",
+    "batch_reward": "reward, last ten batches",
+    "reward": "reward on held-out problems",
+    "first_ratio_error": "|ratio - 1| at the first update",
+    "start_accuracy": "accuracy at the start",
+    "end_accuracy": "accuracy at the end",
+    "peak_step": "step of the peak (chosen on half A)",
+    "start_accuracy_b": "accuracy at the start, half B",
+    "peak_accuracy_b": "accuracy at the peak, half B",
+    "end_accuracy_b": "accuracy at the end, half B",
+    "start_reward": "reward at the start",
+    "peak_reward": "reward at the peak",
+    "end_reward": "reward at the end",
+    "start_miscalculated": "answers that miscalculate, start",
+    "peak_miscalculated": "answers that miscalculate, peak",
+    "end_miscalculated": "answers that miscalculate, end",
+    "distinct": "fraction of distinct answers",
+    "check": "answers with a needless check",
+    "length_correct": "tokens per correct answer",
+    "length_wrong": "tokens per wrong answer",
+    # reasoning
+    "verifier_accuracy": "verifier accuracy, held-out solutions",
+    "sft_loss": "fine-tuning loss, last fifth",
+    "sft_loss_before": "fine-tuning loss, the fifth before",
+    "score_one": "verifier score of one answer",
+    "score": "verifier score of the best of N",
+    "score_rises": "fraction of doublings that raise it",
+    "one": "accuracy of one sample",
+    "greedy": "accuracy, greedy",
+    "vote": "accuracy of the majority vote of N",
+    "vote_of_top": "accuracy of the top quarter's vote",
+    "weighted_vote": "accuracy of the weighted vote",
+    "chosen": "accuracy as chosen in this run",
+    "best_of_n": "accuracy of best of N",
+    "start_b": "best of 1, half B",
+    "peak_b": "best of N at its peak, half B",
+    "end_b": "best of N at the largest N, half B",
+    "peak_n": "N of that peak (chosen on half A)",
+    "oracle": "oracle: at least one of N is correct",
+    "sensitivity": "verifier: correct answers accepted",
+    "precision": "verifier: accepted answers correct",
+    "fooled": "h: wrong and accepted, of all answers",
+    "draft": "accuracy of the first answer",
+    "revised": "accuracy after revision",
+    "rewritten": "revisions preferred to the first answer",
+    "repaired": "wrong first, correct after revision",
+    "spoiled": "correct first, wrong after revision",
+    # tools
+    "loss_own": "loss on the model's own tokens",
+    "kl_per_token": "k3 to the fine-tuned model, per token",
+    "accuracy_unpriced": "accuracy, greedy, no price",
+    "accuracy_priced": "accuracy, greedy, with a price",
+    "calls": "calls per answer",
+    "correct_per_call": "correct answers per call",
+    "valid": "well-formed fraction of calls",
+    "wrong_results": "results that no tool would return",
+    "copied": "wrong results repeated by the model",
+    "recovered": "accuracy of answers with a failed call",
+    "code_passed_on": "attacked: code passed on to the tool",
+    "accuracy_attacked": "attacked: accuracy",
+    "canary": "attacked: the code has run",
+}
+
+
+def label(metric):
+    return METRICS.get(metric, metric)
+
+
+# ---------------------------------------------------------------------------------------------
+# The catalogue
+
+
+@dataclass(frozen=True)
+class Break:
+    script: str
+    name: str
+    summary: str
+    mechanism: str
+    source: str
+    dashboard: tuple
+    external: tuple
+    claims: tuple
+    cure: str
+    panels: tuple
+    flags: tuple = ()
+    task_claims: tuple = ()  # further claims, made on the embedded task only: they need its exact checker
+
+
+def of(script):
+    """The breaks of one script, in reading order."""
+    return [b for b in BREAKS if b.script == script]
+
+
+def entry(script, name):
+    return next(b for b in BREAKS if (b.script, b.name) == (script, name))
+
+
+SFT = ("accuracy_sampled", "accuracy_greedy", "ended", "length", "pass@1", "pass@8", "pass@64")
+RM_DASHBOARD = ("loss", "pair_accuracy", "held_out_accuracy")
+RM_EXTERNAL = ("true_labels", "misreadings", "miscalculations", "terse_beats_padded", "resists_a_hint",
+               "policy_samples", "policy_pairs", "corr_length", "corr_correct")  # fmt: skip
+DPO_DASHBOARD = ("loss", "grad_norm", "margin", "pair_accuracy", "reward_chosen", "reward_rejected")
+DPO_EXTERNAL = ("held_out_accuracy", "accuracy_sampled", "accuracy_sampled_sft", "accuracy_greedy",
+                "accuracy_greedy_sft", "kl")  # fmt: skip
+RL_DASHBOARD = ("first_reward", "batch_reward", "reward", "kl", "length", "ended")
+RL_EXTERNAL = ("start_accuracy", "end_accuracy", "peak_step", "start_accuracy_b", "peak_accuracy_b",
+               "end_accuracy_b", "start_reward", "peak_reward", "end_reward", "start_miscalculated",
+               "peak_miscalculated", "end_miscalculated", "distinct", "length_correct", "length_wrong")  # fmt: skip
+REASONING_DASHBOARD = ("sft_loss_before", "sft_loss", "verifier_accuracy", "score_one", "score")
+REASONING_EXTERNAL = ("one", "greedy", "vote", "chosen", "best_of_n", "start_b", "peak_b", "end_b",
+                      "peak_n", "oracle", "sensitivity", "precision", "fooled")  # fmt: skip
+TOOLS_DASHBOARD = ("loss", "loss_own", "grad_norm", "batch_reward", "kl_per_token")
+TOOLS_EXTERNAL = ("accuracy_sampled", "accuracy_greedy", "accuracy_unpriced", "accuracy_priced", "calls",
+                  "correct_per_call", "valid", "wrong_results", "copied", "recovered")  # fmt: skip
+
+ACCURACY = Panel("external: accuracy, sampled", "fraction of held-out problems", ("accuracy_sampled",))
+RL_PANELS = (
+    Panel("dashboard: reward", "held-out problems", ("test_reward",)),
+    Panel("external: accuracy", "fraction of held-out problems", ("test_accuracy",)),
+    Panel("the same against the distance", "fraction of held-out problems", ("test_accuracy",), "test_sqrt_kl"),
+)
+REWARD_HACKING = (
+    Panel("reward rises, accuracy peaks and falls", "accuracy", ("test_accuracy",), runs="broken",
+          right="test_reward"),
+    Panel("the same against the distance", "accuracy", ("test_accuracy",), "test_sqrt_kl", runs="broken",
+          right="test_reward"),
+)  # fmt: skip
+
+HACKING_CLAIMS = (
+    broken("peak_accuracy_b") > broken("start_accuracy_b") + 0.05,
+    broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
+    broken("end_reward") > broken("peak_reward"),
+)
+HACKING = (
+    "the run is 100 times as long: the reward ends above its value at the peak, accuracy peaks and falls",
+    "The reward model is accurate on answers like its training pairs. The policy moves to answers with high "
+    "scores that it was not trained on, and there the score no longer measures correctness.",
+    "Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5",
+)
+NO_KL = (
+    "beta = 0: a larger KL to the reference, about the same reward, and a lower accuracy at the end",
+    "The KL penalty limits how far the policy moves from the answers that the reward model was trained on. Without it "
+    "the same number of steps goes farther along the same path.",
+    "Gao, Schulman and Hilton 2022, section 3.6",
+)
+NO_KL_CLAIMS = (
+    broken("kl") > 1.5 * clean("kl"),
+    # The mean of 500 scores with standard deviation 1 has a standard error of .045, and the difference of two
+    # such means .063.
+    broken("reward") > clean("reward") - 0.1,
+    broken("end_accuracy") < clean("end_accuracy") - 0.1,
+)
+
+
+BREAKS = [
+    # ---- sft.py
+    Break(
+        "sft",
+        "eos_masked",
+        summary="padding and end token share an id: the end token's label is masked, and answers never end",
+        mechanism=(
+            "Labels are masked where the id is the padding id. If the end token has that id, its label is "
+            "masked too, so the model is never taught to stop. The loss on the other tokens is unchanged."
+        ),
+        source="transformers issue 23530",
+        dashboard=("loss",),
+        external=SFT,
+        claims=(broken("loss") < 1.2 * clean("loss"), clean("ended") > 0.95, broken("ended") < 0.05),
+        cure="python sft.py   (a padding token of its own)",
+        panels=(
+            Panel("dashboard: training loss", "nats per token", ("loss",)),
+            Panel("external: does it stop?", "fraction of answers that end", ("ended",)),
+        ),
+    ),
+    Break(
+        "sft",
+        "too_many_epochs",
+        summary="few demonstrations, many epochs: the training loss is lower, and pass@64 falls",
+        mechanism=(
+            "The same few demonstrations again and again. The model puts its probability on the solutions that "
+            "it has memorized. pass@1 falls, and pass@64 falls further."
+        ),
+        source="Cobbe et al. 2021, section 4.1",
+        dashboard=("loss",),
+        external=SFT,
+        claims=(broken("loss") < clean("loss"), fall("pass@64") > 0.1, fall("pass@64") > fall("pass@1")),
+        cure="python sft.py   (new demonstrations, one epoch)",
+        panels=(
+            Panel("dashboard: training loss", "nats per token", ("loss",)),
+            Panel(
+                "external: is one of k answers correct?",
+                "fraction of problems",
+                ("pass@1", "pass@8", "pass@64"),
+                bars=True,
+            ),
+        ),
+    ),
+    # ---- reward_model.py
+    Break(
+        "reward_model",
+        "length_bias",
+        summary="annotators prefer the longer answer where correctness does not decide: padding wins",
+        mechanism=(
+            "Length is easier to see than correctness. The held-out pairs have the same bias and cannot show it."
+        ),
+        source="Singhal et al. 2023",
+        dashboard=RM_DASHBOARD,
+        external=RM_EXTERNAL,
+        claims=(
+            broken("held_out_accuracy") > clean("held_out_accuracy") - 0.05,
+            broken("terse_beats_padded") < 0.5,
+            clean("terse_beats_padded") > 0.5,
+        ),
+        cure="python reward_model.py   (annotators that judge correctness only)",
+        panels=(
+            Panel("dashboard: held-out pairs, same annotators", "accuracy", ("held_out_accuracy",)),
+            Panel(
+                "external: other pairs",
+                "accuracy",
+                ("held_out_accuracy", "true_labels", "terse_beats_padded"),
+                bars=True,
+            ),
+        ),
+    ),
+    Break(
+        "reward_model",
+        "distribution_shift",
+        summary="accurate on held-out pairs, much less on samples of a policy trained against this score",
+        mechanism=(
+            "The reward model has learned to recognize the mistakes of its annotators' pairs. A policy that is "
+            "trained against the score makes other mistakes."
+        ),
+        source="Gao, Schulman and Hilton 2022",
+        dashboard=RM_DASHBOARD,
+        external=RM_EXTERNAL,
+        claims=(
+            broken("held_out_accuracy") > 0.8,
+            broken("policy_samples") < broken("held_out_accuracy") - 0.1,
+            broken("policy_samples") < clean("policy_samples") - 0.1,
+        ),
+        cure="python reward_model.py --policy runs/grpo-...   (label the policy's own samples, train again)",
+        panels=(
+            Panel("dashboard: held-out pairs, same annotators", "accuracy", ("held_out_accuracy",)),
+            Panel(
+                "external: other pairs", "accuracy", ("held_out_accuracy", "true_labels", "policy_samples"), bars=True
+            ),
+        ),
+    ),
+    Break(
+        "reward_model",
+        "sycophancy",
+        summary="annotators prefer agreement with a hint in the prompt: the wrong answer that agrees wins",
+        mechanism=(
+            "Half of the prompts name a number, and the label follows it. The score learns to compare the "
+            "answer with the hint instead of working out the problem."
+        ),
+        source="Sharma et al. 2023",
+        dashboard=RM_DASHBOARD,
+        external=RM_EXTERNAL,
+        claims=(
+            broken("held_out_accuracy") > clean("held_out_accuracy") - 0.05,
+            broken("resists_a_hint") < 0.5,
+            clean("resists_a_hint") > 0.5,
+        ),
+        cure="python reward_model.py   (annotators that check)",
+        panels=(
+            Panel("dashboard: held-out pairs, same annotators", "accuracy", ("held_out_accuracy",)),
+            Panel(
+                "external: other pairs", "accuracy", ("held_out_accuracy", "true_labels", "resists_a_hint"), bars=True
+            ),
+        ),
+    ),
+    # ---- ppo.py
+    Break(
+        "ppo",
+        "reward_hacking",
+        *HACKING,
+        dashboard=RL_DASHBOARD,
+        external=RL_EXTERNAL,
+        claims=HACKING_CLAIMS,
+        cure="python ppo.py --max_steps N   (N the step of the peak; a larger --beta takes longer to get there)",
+        panels=REWARD_HACKING,
+    ),
+    Break(
+        "ppo",
+        "no_kl",
+        *NO_KL,
+        dashboard=RL_DASHBOARD,
+        external=RL_EXTERNAL,
+        claims=NO_KL_CLAIMS,
+        cure="python ppo.py   (and stop early: the KL penalty only slows the drift)",
+        panels=RL_PANELS,
+        flags=("--max_steps", "200"),
+    ),
+    Break(
+        "ppo",
+        "sign_flip",
+        summary="the score has the wrong sign: the logged reward rises, the true score and accuracy fall",
+        mechanism=(
+            "The reward model returns costs since a refactor, and the loop still maximizes. The KL penalty is "
+            "computed here and keeps its sign, so the answers stay fluent."
+        ),
+        source="Ziegler et al. 2019, section 4.4",
+        dashboard=tuple(m for m in RL_DASHBOARD if m != "reward"),
+        external=("reward", *RL_EXTERNAL),
+        claims=(
+            broken("batch_reward") > broken("first_reward"),
+            broken("reward") < broken("start_reward"),
+            broken("ended") > 0.95,
+            broken("end_accuracy") < broken("start_accuracy") - 0.1,
+        ),
+        cure="python ppo.py   (read ten samples before reading the curve)",
+        panels=(Panel("dashboard: reward as logged", "mean of a batch", ("reward",)), *RL_PANELS[1:]),
+        flags=("--max_steps", "200"),
+    ),
+    # ---- grpo.py
+    Break(
+        "grpo",
+        "reward_hacking",
+        *HACKING,
+        dashboard=RL_DASHBOARD,
+        external=RL_EXTERNAL,
+        claims=HACKING_CLAIMS,
+        cure="python grpo.py --max_steps N   (N the step of the peak; a larger --beta takes longer to get there)",
+        panels=REWARD_HACKING,
+    ),
+    Break(
+        "grpo",
+        "no_kl",
+        *NO_KL,
+        dashboard=RL_DASHBOARD,
+        external=RL_EXTERNAL,
+        claims=NO_KL_CLAIMS,
+        cure="python grpo.py   (and stop early: the KL penalty only slows the drift)",
+        panels=RL_PANELS,
+        flags=("--max_steps", "250"),
+    ),
+    Break(
+        "grpo",
+        "format_reward",
+        summary="a bonus per calculation beside the exact checker: needless calculations, lower accuracy",
+        mechanism="The bonus is easier to earn than a correct answer, so part of the updates goes into it.",
+        source="reasoning-from-scratch, chapter 7; open-r1 issue 255",
+        dashboard=RL_DASHBOARD,
+        external=(*RL_EXTERNAL, "check"),
+        claims=(broken("check") > clean("check") + 0.05, broken("end_accuracy") < clean("end_accuracy") - 0.1),
+        cure="python grpo.py --reward checker   (reward the result that you want, not a sign of it)",
+        panels=RL_PANELS,
+        flags=("--max_steps", "250", "--reward", "checker"),
+    ),
+    Break(
+        "grpo",
+        "k1_kl_loss",
+        summary="k1 instead of k3 as the KL loss: its expected gradient is zero, so it penalizes nothing",
+        mechanism=(
+            "The mean of log pi - log pi_ref estimates the KL divergence without bias. As part of the reward it "
+            "works. As a loss it is differentiated, and the expected gradient of log pi under pi is zero."
+        ),
+        source="Schulman 2020, approximating KL divergence; reasoning-from-scratch",
+        dashboard=RL_DASHBOARD,
+        external=RL_EXTERNAL,
+        claims=NO_KL_CLAIMS,
+        cure="python grpo.py   (k3 as the loss, or k1 in the reward)",
+        panels=RL_PANELS,
+        flags=("--max_steps", "250"),
+    ),
+    Break(
+        "grpo",
+        "temperature_mismatch",
+        summary="sampled at temperature 0.6, scored at 1: the ratio is not 1 at the first update, lower accuracy",
+        mechanism="The policy that is trained is not the policy that samples.",
+        source="this repository",
+        dashboard=RL_DASHBOARD,
+        external=("first_ratio_error", *RL_EXTERNAL),
+        claims=(
+            clean("first_ratio_error") < 0.001,
+            broken("first_ratio_error") > 0.01,
+            broken("end_accuracy") < clean("end_accuracy"),
+        ),
+        cure="python grpo.py   (one temperature for sampling and scoring)",
+        panels=(Panel("dashboard: |ratio - 1|", "mean over tokens", ("ratio_error",)), *RL_PANELS[1:]),
+        flags=("--max_steps", "250"),
+    ),
+    Break(
+        "grpo",
+        "length_norm",
+        summary="1/length in the loss: a token of a long wrong answer is penalized less, wrong answers lengthen",
+        mechanism=(
+            "With the mean over each answer's own tokens, a wrong answer is penalized less per token the longer it is."
+        ),
+        source="Liu et al. 2025 (Dr. GRPO), section 3.1",
+        dashboard=RL_DASHBOARD,
+        external=RL_EXTERNAL,
+        claims=(
+            broken("length_wrong") > 1.05 * clean("length_wrong"),
+            broken("length_correct") < 1.05 * clean("length_correct"),
+        ),
+        cure="python grpo.py --loss dapo   (the default: every token counts the same; or --loss dr_grpo)",
+        panels=(Panel("external: wrong answers", "tokens", ("test_length_wrong",)), *RL_PANELS[1:]),
+        flags=("--max_steps", "250", "--reward", "checker"),
+    ),
+    # ---- dpo.py
+    Break(
+        "dpo",
+        "flip_labels",
+        summary=(
+            "chosen and rejected swapped in every pair: loss, margin and accuracy look healthy, answers are wrong"
+        ),
+        mechanism=(
+            "The loss only asks for consistent labels, not for true ones. Any labelling that is a function of "
+            "the answers can be learned."
+        ),
+        source="this repository; at the first step the two gradients are equal up to the sign",
+        dashboard=(*DPO_DASHBOARD, "ref_accuracy", "ref_margin"),
+        external=DPO_EXTERNAL,
+        claims=(
+            broken("loss") < 1.1 * clean("loss"),
+            broken("margin") > 0.9 * clean("margin"),
+            broken("pair_accuracy") > 0.9 * clean("pair_accuracy"),
+            broken("held_out_accuracy") < 0.5,
+            clean("held_out_accuracy") > 0.5,
+        ),
+        cure="python -m data FILE   (read the pairs before training on them)",
+        panels=(Panel("dashboard: training loss", "nats", ("loss",)), ACCURACY),
+        task_claims=(
+            broken("accuracy_sampled") < clean("accuracy_sampled") - 0.3,
+            broken("accuracy_sampled") < broken("accuracy_sampled_sft") - 0.1,
+            broken("ref_margin") < 0,
+            clean("ref_margin") > 0,
+        ),
+    ),
+    Break(
+        "dpo",
+        "likelihood_displacement",
+        summary="chosen and rejected differ in one number, beta is small: accuracy falls below the SFT model's",
+        mechanism=(
+            "The two answers share nearly all of their tokens. What lowers the rejected answer lowers the "
+            "chosen one with it, and the loss is satisfied as long as the difference grows."
+        ),
+        source="Razin et al. 2024; Pal et al. 2024: worst at low edit distance",
+        dashboard=DPO_DASHBOARD,
+        external=DPO_EXTERNAL,
+        claims=(broken("pair_accuracy") > 0.9, broken("reward_chosen") < 0),
+        cure="python dpo.py --break likelihood_displacement --nll 1   (an SFT loss on the chosen answers)",
+        panels=(Panel("dashboard: implicit reward, chosen", "nats", ("reward_chosen",)), ACCURACY),
+        task_claims=(broken("accuracy_sampled") < broken("accuracy_sampled_sft") - 0.05,),
+    ),
+    Break(
+        "dpo",
+        "label_noise",
+        summary="30 % of the labels swapped at random: here the loss does show it",
+        mechanism="Random labels are not a function of the answers, so one pass over the pairs cannot learn them.",
+        source="arXiv 2404.09824",
+        dashboard=DPO_DASHBOARD,
+        external=DPO_EXTERNAL,
+        claims=(broken("loss") > 0.5, clean("loss") < 0.5, broken("pair_accuracy") < 0.8, clean("pair_accuracy") > 0.8),
+        cure="python dpo.py --break label_noise --loss cdpo --noise 0.3   (or --loss robust)",
+        panels=(Panel("dashboard: training loss", "nats", ("loss",)), ACCURACY),
+    ),
+    Break(
+        "dpo",
+        "low_beta",
+        summary="beta / 10: pairs are ranked nearly as well, the KL to the reference is larger, accuracy is lower",
+        mechanism=(
+            "A small beta allows large log-ratios. The ranking of the pairs does not need them, and they lower "
+            "the accuracy."
+        ),
+        source="Rafailov et al. 2024",
+        dashboard=DPO_DASHBOARD,
+        external=DPO_EXTERNAL,
+        claims=(broken("kl") > 1.3 * clean("kl"), broken("held_out_accuracy") > clean("held_out_accuracy") - 0.05),
+        cure="python dpo.py   (a larger beta, or fewer steps)",
+        panels=(Panel("dashboard: held-out pairs", "accuracy", ("held_out_accuracy",)), ACCURACY),
+        task_claims=(broken("accuracy_sampled") < clean("accuracy_sampled") - 0.05,),
+    ),
+    # ---- reasoning.py
+    Break(
+        "reasoning",
+        "overoptimize_verifier",
+        summary="the answer with the highest score of N: the score rises with N, accuracy rises, peaks and falls",
+        mechanism=(
+            "The highest of many scores goes to the errors that the verifier cannot detect. With more samples "
+            "there are more of them."
+        ),
+        source="Cobbe et al. 2021, section 5.1",
+        dashboard=(*REASONING_DASHBOARD, "score_rises"),
+        external=REASONING_EXTERNAL,
+        claims=(
+            broken("verifier_accuracy") > 0.8,
+            broken("score_rises") > 0.999,
+            broken("peak_b") > broken("start_b") + 0.05,
+            broken("end_b") < broken("peak_b") - 0.1,
+            broken("best_of_n") < broken("vote"),
+            clean("chosen") > broken("chosen") + 0.1,
+        ),
+        cure="python reasoning.py   (a vote among the answers with the highest scores)",
+        panels=(
+            Panel("dashboard: the highest score", "verifier score", ("score",), "n", runs="broken", log2=True),
+            Panel(
+                "external: accuracy",
+                "fraction of problems",
+                ("vote_of_top", "vote", "best_of_n"),
+                "n",
+                runs="broken",
+                log2=True,
+            ),
+        ),
+    ),
+    Break(
+        "reasoning",
+        "no_cot",
+        summary="demonstrations without working: the fine-tuning loss converges, accuracy collapses",
+        mechanism="Without intermediate results the model has to compute the answer in one step, which it cannot.",
+        source="Cobbe et al. 2021, section 4.1",
+        dashboard=REASONING_DASHBOARD,
+        external=REASONING_EXTERNAL,
+        claims=(
+            broken("sft_loss") > 0.95 * broken("sft_loss_before"),
+            broken("one") < 0.5 * clean("one"),
+            broken("vote") < 0.5 * clean("vote"),
+            broken("greedy") < 0.5 * clean("greedy"),
+        ),
+        cure="python reasoning.py   (demonstrations that show their working)",
+        panels=(
+            Panel("dashboard: fine-tuning loss", "nats per token", ("sft_loss_before", "sft_loss"), bars=True),
+            Panel("external: accuracy", "fraction of problems", ("vote_of_top", "vote", "oracle"), "n", log2=True),
+        ),
+    ),
+    Break(
+        "reasoning",
+        "self_correct",
+        summary="the model itself decides whether its revision is better: more answers spoiled than repaired",
+        mechanism=(
+            "The model's own likelihood prefers what most demonstrators do. It repairs random slips and spoils "
+            "correct answers that contradict a shared misconception."
+        ),
+        source="reasoning-from-scratch, chapter 5",
+        dashboard=("verifier_accuracy",),
+        external=("draft", "revised", "greedy", "rewritten", "repaired", "spoiled"),
+        claims=(
+            broken("spoiled") > broken("repaired"),
+            broken("spoiled") > clean("spoiled"),
+            broken("revised") < clean("revised"),
+        ),
+        cure="python reasoning.py   (a judge with information that the model does not have)",
+        panels=(
+            Panel("the first answer, revised", "fraction of problems", ("repaired", "spoiled"), bars=True),
+            Panel("external: accuracy", "fraction of problems", ("draft", "revised", "greedy"), bars=True),
+        ),
+    ),
+    # ---- tools.py
+    Break(
+        "tools",
+        "hallucinated_result",
+        summary="loss on the results, no stop at the tool boundary: calls are well-formed, results are invented",
+        mechanism=(
+            "The transcript is treated as text: the loss is on all of it, and generation stops at the end token "
+            "only. So the model writes the results of its calls itself."
+        ),
+        source="langchain issue 1489; llama_index issue 11518",
+        dashboard=TOOLS_DASHBOARD,
+        external=TOOLS_EXTERNAL,
+        claims=(
+            broken("loss_own") < clean("loss_own") + 0.05,
+            broken("valid") > 0.95,
+            broken("wrong_results") > 0.5,
+            clean("wrong_results") < 0.001,
+            broken("accuracy_sampled") < clean("accuracy_sampled") - 0.4,
+        ),
+        cure="python tools.py   (only the runtime writes results)",
+        panels=(Panel("dashboard: loss on the model's own tokens", "nats per token", ("loss_own",)), ACCURACY),
+    ),
+    Break(
+        "tools",
+        "unsafe_eval",
+        summary="Python's eval as the calculator: accuracy is the same, and code from a prompt runs",
+        mechanism="The model passes on what stands in the prompt, and eval executes it.",
+        source="CVE-2023-29374",
+        dashboard=TOOLS_DASHBOARD,
+        external=(*TOOLS_EXTERNAL, "code_passed_on", "accuracy_attacked", "canary"),
+        claims=(
+            fall("accuracy_sampled") < 0.03,
+            fall("accuracy_sampled") > -0.03,
+            clean("code_passed_on") > 0,
+            broken("code_passed_on") > 0,
+            broken("canary") > 0,
+            clean("canary") < 0.001,
+        ),
+        cure="python tools.py   (data/calculator.py: parse, allow a few kinds of node, run nothing)",
+        panels=(
+            Panel("nothing to see", "fraction", ("accuracy_sampled", "accuracy_greedy", "valid"), bars=True),
+            Panel("attacked", "fraction", ("code_passed_on", "accuracy_attacked", "canary"), bars=True),
+        ),
+    ),
+    Break(
+        "tools",
+        "unmasked_result",
+        summary="the loss is on the tool's results as well: the model's own tokens are learned less well",
+        mechanism=(
+            "Results cannot be predicted. Their large, noisy gradients compete with those of the model's own tokens."
+        ),
+        source="Jin et al. 2025 (Search-R1)",
+        dashboard=TOOLS_DASHBOARD,
+        external=TOOLS_EXTERNAL,
+        claims=(broken("loss_own") > clean("loss_own"), broken("accuracy_sampled") < clean("accuracy_sampled") - 0.05),
+        cure="python tools.py   (mask 0 on everything that the model has not written)",
+        panels=(Panel("dashboard: loss on the model's own tokens", "nats per token", ("loss_own",)), ACCURACY),
+    ),
+    Break(
+        "tools",
+        "faulty_tool",
+        summary="one call in ten returns a silently wrong result: the model repeats it",
+        mechanism="Nothing in training ever contradicted a tool, so the model never checks one.",
+        source="Sun et al. 2024, tools fail",
+        dashboard=TOOLS_DASHBOARD,
+        external=TOOLS_EXTERNAL,
+        claims=(
+            broken("valid") > 0.95,
+            broken("copied") > 0.9,
+            broken("accuracy_sampled") < clean("accuracy_sampled") - 0.1,
+        ),
+        cure="check a tool's results where they can be checked; the model does not",
+        panels=(
+            Panel("dashboard: calls", "fraction", ("ended", "valid"), bars=True),
+            Panel(
+                "external: accuracy",
+                "fraction of held-out problems",
+                ("accuracy_sampled", "accuracy_greedy"),
+                bars=True,
+            ),
+        ),
+    ),
+    Break(
+        "tools",
+        "tool_overuse",
+        summary="RL with a reward per call: more calls, fewer correct answers per call",
+        mechanism="A reward per call rewards calls that the problem does not need.",
+        source="Wang et al. 2025 (OTC)",
+        dashboard=TOOLS_DASHBOARD,
+        external=TOOLS_EXTERNAL,
+        claims=(broken("calls") > 1.5 * clean("calls"), broken("correct_per_call") < 0.67 * clean("correct_per_call")),
+        cure="python tools.py --rl 60   (reward the answer, not the call)",
+        panels=(
+            Panel("dashboard: reward", "per sampled answer", ("reward",)),
+            Panel("external: calls", "per answer", ("calls",)),
+        ),
+        flags=("--rl", "60"),
+    ),
+]
+
+
+def print_catalogue():
+    """What `python -m data breaks` shows."""
+    for b in BREAKS:
+        print(f"\n{b.script}.py --break {b.name}\n  {b.summary}\n  why     {b.mechanism}\n  source  {b.source}")
+        for claim in (*b.claims, *b.task_claims):
+            print(f"  claim   {claim.text()}")
+        print(f"  cure    {b.cure}")

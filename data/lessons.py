@@ -1,0 +1,101 @@
+"""What a script learns from and is tested on, wherever it comes from: the embedded task, a file, or the hub.
+
+    running_text(tok, seed, step, ...)         for gpt.py
+    demonstrations(args, tok, room, n)         for sft.py
+    preferences(args, tok, context, n)         for dpo.py and reward_model.py
+
+The last two return the same thing, Lessons, so a script does not know where its rows came from. `args` needs .data
+(None for the embedded task), .seed, .problems and, for preferences, .max_tokens. Exits with one line if the source
+cannot be read or nothing is left of it.
+"""
+
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+from data import public, task, tool_task
+
+REAL_ANSWER = 160  # tokens that an answer to a real prompt may take
+
+
+@dataclass
+class Lessons:
+    train: list  # rows: {"prompt", "chosen"} of demonstrations, and "rejected" of preferences
+    held_out: list = field(default_factory=list)  # pairs of prompts that are not trained on, with the source's labels
+    problems: list = field(default_factory=list)  # held-out problems with .text and .answer
+    checked: bool = True  # False: .answer is no gold answer, the outputs can only be read
+    longest: int = 48  # tokens that an answer to one of the problems may take
+
+
+def running_text(tok, seed, step, batch, length):
+    """Ids (batch, length) for one step of pretraining. Every row starts with a text and ends in the middle of one.
+
+    The stream of texts is endless and hardly any text occurs twice, so the training loss is a held-out loss too.
+    """
+    rows, row = [], []
+    for text in tool_task.corpus(f"{seed} step {step}"):
+        row += tok.encode(text + "\n\n")
+        if len(row) >= length:
+            rows.append(row[:length])
+            row = []
+        if len(rows) == batch:
+            return torch.tensor(rows)
+
+
+def demonstrations(args, tok, room, n):
+    """Demonstrations that fit a context of `room` tokens: n of the embedded task, or all of a source."""
+    if args.data:
+        rows = [row for row in public.load_or_exit(args.data) if row["chosen"]]
+        lessons = Lessons(rows, checked=False, longest=REAL_ANSWER)
+    else:
+        rows = [{"prompt": p.text, "chosen": solution} for p, solution in task.demonstrations(n, args.seed)]
+        lessons = Lessons(rows, problems=task.problems(args.problems, args.seed, "test"))
+    lessons.train = [r for r in rows if len(tok.prompt(r["prompt"])) + len(tok.answer(r["chosen"])) <= room]
+    if len(lessons.train) < len(rows):
+        print(f"{len(rows) - len(lessons.train)} of {len(rows)} demonstrations are longer than the context of "
+              f"{room} tokens and are left out")  # fmt: skip
+    if not lessons.train:
+        source = args.data or "the embedded task"
+        raise SystemExit(f"{source} holds no demonstration that fits the context of {room} tokens")
+    return lessons
+
+
+def preferences(args, tok, context, n=None, held_out=200, annotator="careful"):
+    """Preference pairs: n of the embedded task, or at most n of a source (None: all).
+
+    The held-out pairs keep the labels of the source; the breaks of dpo.py change only the training pairs. Where a
+    source has gold answers (GSM8K), its problems are checked; elsewhere four held-out prompts are answered so that
+    the outputs can be read.
+    """
+    if not args.data:
+        return Lessons(
+            task.preference_pairs(n, args.seed, annotator=annotator),
+            task.preference_pairs(held_out, args.seed, "test", annotator=annotator),
+            task.problems(args.problems or 500, args.seed, "test"),
+        )
+    room = min(args.max_tokens, context)
+    pairs, counts = public.clean_pairs(public.load_or_exit(args.data), tok.encode, room)
+    public.say_counts(args.data, counts, room)
+    if len({p["prompt"] for p in pairs}) < 2:
+        raise SystemExit(
+            f"{len(pairs)} pairs, with fewer than two different prompts, are left of {args.data}: none can be "
+            "held out (see --max_tokens)"
+        )
+    train, held_out = public.split_pairs(pairs, seed=args.seed)
+    if n is not None:  # a random part of the file
+        random.Random(args.seed).shuffle(train)
+        train = train[:n]
+    checked = held_out[0]["answer"] is not None
+    problems = [
+        SimpleNamespace(text=p["prompt"], answer=p["answer"] or 0)
+        for p in held_out
+        if len(tok.prompt(p["prompt"])) + REAL_ANSWER <= context
+    ][: (args.problems or 50) if checked else 4]
+    return Lessons(train, held_out, problems, checked, REAL_ANSWER)
+
+
+def encode_pairs(tok, pairs):
+    """[(prompt ids, chosen ids, rejected ids)]"""
+    return [(tok.prompt(p["prompt"]), tok.answer(p["chosen"]), tok.answer(p["rejected"])) for p in pairs]

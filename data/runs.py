@@ -1,0 +1,463 @@
+"""What a run leaves behind: the flags that all scripts share, the record, --resume and reuse.
+
+Every run writes one folder:
+
+    runs/SCRIPT[-BREAK][-FLAG=VALUE ...]/
+        config.json           all flags, and a checksum of the code
+        metrics.jsonl         one line per logged step
+        samples.md            sampled outputs, at every evaluation
+        resume.safetensors    weights, optimizer and step, while the run is unfinished
+        model/                the result: config.json and model.safetensors
+        report.json           the results; it exists if and only if the run has finished
+        figure.png            of a break (and of reasoning.py)
+
+Every random choice is a function of (seed, purpose, step) and never of earlier steps. So --resume needs no random
+state: a resumed run ends in the same numbers, to the bit on a CPU.
+
+This file does not depend on how a model is built (a model saves itself) or on what a break does.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent.parent
+
+# ---------------------------------------------------------------------------------------------
+# Random choices
+
+
+def rng(*key):
+    """A torch generator seeded by any key: rng(seed, "rollouts", step)."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(62))
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(n, *key):
+    return torch.randperm(n, generator=rng(*key)).tolist()
+
+
+def batch_indices(n, batch, step, seed):
+    """Indices of the examples of one step. Every epoch visits each of the n examples once, in a new order."""
+    wanted = range(step * batch, (step + 1) * batch)
+    return [shuffled(n, seed, "epoch", i // n)[i % n] for i in wanted]
+
+
+# ---------------------------------------------------------------------------------------------
+# Arguments
+
+# Flags that are not spelled in a folder's name. (The name of a break is, at its beginning.)
+UNNAMED = ("resume", "device", "break_")
+
+
+def parse(script, parser, argv, breaks=()):
+    """Add the flags that every script has, parse argv, and refuse impossible values in one line.
+
+    breaks: objects with .name, .summary and .flags (data/breaks.py). The flags of a break apply to both of
+    its runs; a flag given in argv wins. Returns the arguments with two more: `script`, and `suffix`, which
+    spells every flag that is not at its default. A run's folder is named by it, so runs with other settings
+    have other folders.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    add = parser.add_argument
+    parser.formatter_class = argparse.RawTextHelpFormatter  # keeps the lines of --break
+    if breaks:
+        lines = "".join(f"\n  {b.name:24}{b.summary}" for b in breaks).replace("%", "%%")
+        add("--break", dest="break_", choices=[b.name for b in breaks], metavar="NAME",
+            help="train a documented failure beside the clean run; NAME is one of" + lines)  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of this run, and of the runs that it needs first")
+    add("--device", help="cpu, cuda or mps (default: cuda, else mps, else cpu)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"],
+        help="bfloat16 computes in autocast: faster at GPT-2's size, not at the tiny model's")  # fmt: skip
+    add("--resume", action="store_true", help="continue the interrupted run with the same flags")
+    args = parser.parse_args(argv)
+    chosen = [b for b in breaks if b.name == getattr(args, "break_", None)]
+    if chosen and chosen[0].flags:
+        args = parser.parse_args([*chosen[0].flags, *argv])  # the later flag wins: the user's
+    for name, value in vars(args).items():
+        least = 0 if name == "top_k" else 1
+        if type(value) is int and value < least and name != "seed":
+            parser.error(f"--{name} must be at least {least}, not {value}")
+        # Logits are divided by the temperature in training; only gpt.py can be greedy.
+        positive = ("lr", "top_p") + ("temperature",) * (script != "gpt")
+        if name in positive and value is not None and value <= 0:
+            parser.error(f"--{name} must be above 0, not {value}")
+        if type(value) is float and value < 0:
+            parser.error(f"--{name} must not be negative, it is {value}")
+        if name in ("gamma", "lam") and value > 1:
+            parser.error(f"--{name} must be at most 1, not {value}")
+        if name == "noise" and value >= 0.5:
+            parser.error(f"--noise must be below 0.5, not {value}")
+    if args.device is None:
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        args.device = "cuda" if cuda else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
+    args.suffix = ""
+    for name, value in vars(args).items():
+        if name not in (*UNNAMED, "suffix") and value != parser.get_default(name):
+            # Of a path the last two parts, without characters that a file name cannot hold.
+            short = "-".join(Path(str(value)).parts[-2:]).replace(".", "_")[-40:]
+            args.suffix += f"-{name}={short}"
+    args.script = script
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+READ = {}  # {path: checksum} of the model files that this process has read: see Run.finished
+
+
+def checksum(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+MODEL = ("config.json", "model.safetensors")
+
+
+def model_files(where):
+    """Paths of config.json and model.safetensors: of a model's folder, of a run's folder, or of a hub name."""
+    if where in HUB and not Path(where).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return [Path(hf_hub_download(HUB[where], name)) for name in MODEL]
+        except Exception as error:  # a dozen kinds; all mean "no network, and not in the cache"
+            sys.exit(
+                f"{where} could not be downloaded ({type(error).__name__}). Give --load a folder with "
+                "config.json and model.safetensors, or train from scratch (see --help)."
+            )
+    folder = Path(where) / "model" if (Path(where) / "report.json").is_file() else Path(where)
+    for name in MODEL:
+        if not (folder / name).is_file():
+            sys.exit(f"no model in {where}: {name} is missing. Known names: {', '.join(HUB)}")
+    return [folder / name for name in MODEL]
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), then rename. A reader of `path` finds the old file or the new one,
+    never half of one, even if the process is killed."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in GB: of the GPU with cuda, else of the processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def code_checksum(script):
+    """Checksum of the code that a run of this script executes: the script, the scripts that it imports, gpt.py
+    and data/. The catalogue and the report are left out, since they only describe a finished run."""
+    files = {HERE / f"{script}.py", HERE / "gpt.py"}
+    files |= {file for file in HERE.glob("data/*") if file.suffix in (".py", ".tiktoken")}
+    names = re.findall(r"^(?:import|from) (\w+)", (HERE / f"{script}.py").read_text(encoding="utf-8"), re.MULTILINE)
+    files |= {HERE / f"{name}.py" for name in names if (HERE / f"{name}.py").is_file()}
+    files -= {HERE / "data" / name for name in ("breaks.py", "report.py", "__main__.py")}
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------
+# The record
+
+
+class Run:
+    """The record of one run. See the top of this file for what its folder holds."""
+
+    def __init__(self, args):
+        self.label = getattr(args, "break_", None) or "clean"
+        name = "base" if args.script == "gpt" else args.script
+        name += "" if self.label == "clean" else f"-{self.label}"
+        self.folder = Path("runs") / (name + args.suffix)
+        self.resume, self.device = args.resume, args.device
+        left_out = ("resume", "device", "suffix")
+        self.config = {k: v for k, v in vars(args).items() if k not in left_out}
+        # The code is part of the settings: a clean run is reused only if the code is unchanged.
+        self.config["code"] = code_checksum(args.script)
+        self.bar = None
+
+    @property
+    def report(self):
+        path = self.folder / "report.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @property
+    def metrics(self):
+        """All logged lines, as a list of dicts."""
+        with open(self.folder / "metrics.jsonl", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def mean(self, *names, last=0.2):
+        """{name: mean over the last fifth of the updates}. A single batch is noisy."""
+        logged = [m for m in self.metrics if names[0] in m]
+        logged = logged[-max(1, int(last * len(logged))) :]
+        return {name: sum(m[name] for m in logged) / len(logged) for name in names if logged}
+
+    def start_peak_end(self):
+        """The evaluations at the start, at the peak and at the end, as flat results.
+
+        The peak is the evaluation with the highest accuracy on half A of the problems. Read the size of the peak
+        off half B: on the half that chose it, a maximum over noisy values is too high.
+        """
+        evaluations = [m for m in self.metrics if "test_accuracy" in m]
+        peak = max(evaluations, key=lambda m: m["test_accuracy_a"])
+        results = {"peak_step": peak["step"]}
+        for prefix, m in (
+            ("start_", evaluations[0]),
+            ("peak_", peak),
+            ("end_", evaluations[-1]),
+            ("", evaluations[-1]),
+        ):
+            results |= {prefix + name.removeprefix("test_"): value for name, value in m.items() if name != "step"}
+        # One batch is noise: the means of the first and of the last ten.
+        rewards = [m["reward"] for m in self.metrics if "reward" in m]
+        for name, some in (("first_reward", rewards[:10]), ("batch_reward", rewards[-10:])):
+            results[name] = sum(some) / len(some)
+        return results
+
+    def finished(self):
+        """True if this very run is on disk: same flags, same code, and the models that it read are unchanged."""
+        return self.report is not None and self.report["config"] == self.config and self.inputs_unchanged()
+
+    def inputs_unchanged(self):
+        """True if the models that the finished run has read are still the same. A policy is not reused after its
+        reward model was trained again."""
+        models = self.report["models"].items()
+        return all(Path(path).is_file() and checksum(path) == known for path, known in models)
+
+    def steps(self, total, model, optimizer, save_every=50, show=("loss",)):
+        """Yield 0, 1, ..., total, and do everything around a training loop that is not training.
+
+        At step s the model has been updated s times. The caller evaluates, leaves the loop at s == total,
+        updates, and logs. This generator shows the progress bar with the metrics named in `show`, writes a
+        checkpoint every save_every steps, saves and exits on Ctrl-C, and starts from the checkpoint with
+        --resume.
+        """
+        self.show, self.started = show, time.time()
+        start, self.seconds = 0, 0.0
+        state = self.folder / "resume.safetensors"
+        if self.resume and state.is_file():
+            start = self._load(state, model, optimizer)
+        else:
+            if self.resume:
+                print(f"{self.folder}: nothing to resume, starting at step 0")
+            self._refuse_to_overwrite()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            (self.folder / "config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+            (self.folder / "metrics.jsonl").touch()
+            (self.folder / "samples.md").touch()
+        self.interrupted = interrupted = []
+
+        def on_interrupt(signum, frame):
+            if interrupted:  # the second Ctrl-C does not wait for the end of the step
+                raise KeyboardInterrupt
+            interrupted.append(True)
+            tqdm.write("Ctrl-C: saving after this step (press again to stop at once)")
+
+        before = signal.signal(signal.SIGINT, on_interrupt)
+        self.bar = tqdm(total=total, initial=start, desc=f"{self.config['script']} {self.label}",
+                        dynamic_ncols=True, mininterval=0.5)  # fmt: skip
+        try:
+            for step in range(start, total + 1):
+                if interrupted or (step > start and step % save_every == 0):
+                    self._save(state, model, optimizer, step)
+                if interrupted:
+                    command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
+                    self.bar.close()
+                    print(f"Saved at step {step} of {total}. Continue with:  python {command}")
+                    sys.exit(130)
+                yield step
+                self.bar.update(step < total)
+        finally:
+            self.bar.close()
+            signal.signal(signal.SIGINT, before)
+
+    def log(self, step, **metrics):
+        """Append one line to metrics.jsonl. Stops the run if a number is not finite."""
+        metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                sys.exit(
+                    f"{name} is {value} at step {step}: stopped. Try a smaller --lr"
+                    + (" or --dtype float32" if self.config["dtype"] != "float32" else "")
+                    + f". What was logged until then is in {self.folder}."
+                )
+        # No wall-clock time in here: a resumed run must write the same bytes.
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.bar.set_postfix({k: f"{metrics[k]:.3f}" for k in self.show if k in metrics}, refresh=False)
+
+    def say(self, step, **metrics):
+        """log() for an evaluation: it is printed as well."""
+        self.log(step, **metrics)
+        tqdm.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+
+    def samples(self, step, pairs, show=1):
+        """Append (prompt, output) pairs to samples.md, and print the first `show` of them."""
+        with open(self.folder / "samples.md", "a", encoding="utf-8") as file:
+            file.write(f"## Step {step}\n\n")
+            for prompt, output in pairs:
+                file.write(f"**{prompt}**\n\n```\n{output}\n```\n\n")
+        for prompt, output in pairs[:show]:
+            tqdm.write(f"    {prompt}\n    -> " + output.replace("\n", "\n       "))
+
+    def side_by_side(self, **steps):
+        """Append to samples.md the outputs of several evaluations, prompt by prompt: side_by_side(start=0)."""
+        path = self.folder / "samples.md"
+        text, found = path.read_text(encoding="utf-8"), {}
+        for name, step in steps.items():
+            section = text.split(f"## Step {step}\n")[1].split("\n## ")[0]  # "####" ends no section
+            blocks = re.findall(r"\*\*(.*?)\*\*\n\n```\n(.*?)\n```", section, re.DOTALL)
+            for prompt, output in blocks:
+                found.setdefault(prompt, []).append(f"{name}, step {step}:\n{output}")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("## Side by side\n\n")
+            for prompt, outputs in found.items():
+                file.write(f"**{prompt}**\n\n```\n" + "\n\n".join(outputs) + "\n```\n\n")
+
+    def finish(self, model, **results):
+        """Save the model, then the report: its existence says that the run is complete."""
+        model.save(self.folder / "model")
+        results["seconds"] = round(self.seconds + time.time() - self.started, 1)
+        results["peak_gb"] = peak_memory(self.device)
+        self.write_report({"config": self.config, "models": READ, **results})
+        # Remove the training state, and what a kill in the middle of writing it has left behind.
+        for rest in (*self.folder.glob("resume.safetensors*"), *self.folder.glob(".tmp*")):
+            rest.unlink()
+        print(f"{self.folder}: done in {results['seconds']:.0f} s, peak memory {results['peak_gb']:.1f} GB")
+        if self.interrupted:  # Ctrl-C during the last evaluation: this run is complete, but stop here
+            sys.exit(130)
+        return self
+
+    def write_report(self, report):
+        text = json.dumps(report, indent=2)
+        write_atomically(self.folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _refuse_to_overwrite(self):
+        """Two long paths can end alike; their runs would then share a folder."""
+        path = self.folder / "config.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name in ("load", "data", "base", "rm", "policy"):
+            if old.get(name) != self.config.get(name) and old:
+                sys.exit(f"{self.folder} holds a run with --{name} {old.get(name)}: move it away first.")
+
+    def _files(self):
+        return [self.folder / "metrics.jsonl", self.folder / "samples.md"]
+
+    def _save(self, path, model, optimizer, step):
+        """Write the whole training state into one file, so that one rename makes it valid."""
+        tensors = {f"model.{name}": w for name, w in model.state_dict().items()}
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": w for name, w in moments.items()}
+        state = {
+            "step": step,
+            "config": self.config,
+            "seconds": self.seconds + time.time() - self.started,
+            "sizes": [file.stat().st_size for file in self._files()],
+        }
+        write_atomically(path, lambda p: save_file(tensors, p, {"state": json.dumps(state)}))
+
+    def _load(self, path, model, optimizer):
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            sys.exit(f"{path} is damaged ({error}): it cannot be resumed. Run without --resume.")
+        for name in self.config:
+            if state["config"].get(name) != self.config[name]:
+                what = "the code has changed" if name == "code" else f"--{name} differs"
+                sys.exit(f"{self.folder} cannot be resumed: {what} since. Run without --resume.")
+        model.load_state_dict({n.removeprefix("model."): w for n, w in tensors.items() if n.startswith("model.")})
+        moments = {}
+        for name, w in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, what = name.split(".")
+                moments.setdefault(int(i), {})[what] = w
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        # What was logged after the checkpoint will be logged again: cut it off.
+        for file, size in zip(self._files(), state["sizes"]):
+            os.truncate(file, size)
+        self.seconds = state["seconds"]
+        print(f"{self.folder}: resuming at step {state['step']}")
+        return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Running, reusing
+
+
+def run_once(train, args, reuse):
+    """train(args). With reuse, the finished run of the same flags and the same code is taken from disk."""
+    run = Run(args)
+    if reuse and run.finished():
+        print(f"{run.folder}: already there, finished with the same flags and code")
+        return run
+    try:
+        return train(args)
+    except KeyboardInterrupt:  # outside of the loop, or the second one within a step
+        sys.exit("\nStopped at once. If there is a checkpoint, --resume continues from it.")
+
+
+def made_by(script, args, minutes, flags=()):
+    """The model folder of an earlier chapter's run. If it is missing, say so and make it.
+
+    The earlier run has the same --seed and --dtype, so a seed stands for a whole chain: base, SFT, DPO. With
+    real data (--data) it is the SFT run on the same data, from the model named by --base.
+    """
+    module = importlib.import_module(script)
+    argv = list(flags)
+    if script == "sft" and getattr(args, "base", None):
+        argv += ["--load", args.base]
+    if script == "sft" and getattr(args, "data", None):
+        argv += ["--data", args.data]
+        argv += (
+            [] if args.base else ["--batch", "8", "--steps", "40"]
+        )  # from random weights: enough for a demonstration
+    for name, default in (("seed", 0), ("dtype", "float32")):
+        if getattr(args, name) != default:
+            argv += [f"--{name}", str(getattr(args, name))]
+    run = Run(parse(script, module.parser(), argv))
+    if run.report is None or not run.inputs_unchanged():
+        print(
+            f"{run.folder} is missing, or was made from other models. Making it with "
+            f"`{' '.join(['python', script + '.py', *argv])}`, about {minutes}; it is kept for the next run.",
+            flush=True,
+        )
+        module.main(argv + ["--device", args.device] + (["--resume"] if args.resume else []))
+    elif run.report["config"].get("code") != run.config["code"]:
+        # Training it again would take minutes, perhaps for a changed comment: say it and go on.
+        print(f"{run.folder} was made by older code. Move it away to train it again.")
+    return str(run.folder / "model")
