@@ -351,6 +351,8 @@ def main(argv=None):
     args = runs.parse("dpo", parser(), argv, breaks.of("dpo"))
     if args.beta is not None and args.beta <= 0:
         raise SystemExit(f"--beta must be above 0, not {args.beta}")
+    if args.loss == "kto" and args.batch == 1:
+        raise SystemExit("--loss kto needs --batch 2 or more: its kl is computed on the answers of other pairs")
     report.train_and_compare(train, args)
 
 

@@ -76,6 +76,8 @@ def parse(script, parser, argv, breaks=()):
     have other folders.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal cannot show is printed as "?"
+        sys.stdout.reconfigure(errors="replace")
     add = parser.add_argument
     parser.formatter_class = argparse.RawTextHelpFormatter  # keeps the lines of --break
     if breaks:
@@ -99,8 +101,10 @@ def parse(script, parser, argv, breaks=()):
         positive = ("lr", "top_p") + ("temperature",) * (script != "gpt")
         if name in positive and value is not None and value <= 0:
             parser.error(f"--{name} must be above 0, not {value}")
-        if type(value) is float and value < 0:
-            parser.error(f"--{name} must not be negative, it is {value}")
+        if type(value) is float and not 0 <= value < math.inf:  # also false for nan
+            parser.error(f"--{name} must be a number from 0 on, not {value}")
+        if name == "seed" and not -(2**63) <= value < 2**63:
+            parser.error(f"--seed {value} is too large")
         if name in ("gamma", "lam") and value > 1:
             parser.error(f"--{name} must be at most 1, not {value}")
         if name == "noise" and value >= 0.5:
@@ -164,6 +168,16 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def read_json(path):
+    """The content of a JSON file; None if there is no such file. Exits if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        sys.exit(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.")
+
+
 def peak_memory(device):
     """The most memory that this process has held so far, in GB: of the GPU with cuda, else of the processor."""
     if device.startswith("cuda"):
@@ -202,14 +216,25 @@ class Run:
         self.resume, self.device = args.resume, args.device
         left_out = ("resume", "device", "suffix")
         self.config = {k: v for k, v in vars(args).items() if k not in left_out}
-        # The code is part of the settings: a clean run is reused only if the code is unchanged.
+        # Code and data are part of the settings: a clean run is reused only if both are unchanged.
         self.config["code"] = code_checksum(args.script)
+        data = getattr(args, "data", None)
+        if data and Path(data).expanduser().is_file():
+            self.config["data_checksum"] = checksum(Path(data).expanduser())
         self.bar = None
 
     @property
     def report(self):
-        path = self.folder / "report.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(self.folder / "report.json")
+
+    @property
+    def unfinished(self):
+        """True if the folder holds an interrupted run that can be continued."""
+        return self.report is None and (self.folder / "resume.safetensors").is_file()
+
+    @property
+    def old(self):
+        return self.folder.with_name(self.folder.name + ".old")
 
     @property
     def metrics(self):
@@ -246,14 +271,17 @@ class Run:
         return results
 
     def finished(self):
-        """True if this very run is on disk: same flags, same code, and the models that it read are unchanged."""
-        return self.report is not None and self.report["config"] == self.config and self.inputs_unchanged()
+        """True if this very run is on disk: same flags, code and data, and the models that it read are unchanged."""
+        return self.report is not None and self.inputs_unchanged()
 
-    def inputs_unchanged(self):
-        """True if the models that the finished run has read are still the same. A policy is not reused after its
-        reward model was trained again."""
-        models = self.report["models"].items()
-        return all(Path(path).is_file() and checksum(path) == known for path, known in models)
+    def inputs_unchanged(self, code=True):
+        """True if the finished run has the same flags and data, has read the same models, and (unless code=False) was
+        made by the same code. So a policy is not reused after its reward model was trained again."""
+        old, models = self.report["config"], self.report["models"].items()
+        names = {*old, *self.config} - (set() if code else {"code"})
+        return all(old.get(name) == self.config.get(name) for name in names) and all(
+            Path(path).is_file() and checksum(path) == known for path, known in models
+        )
 
     def steps(self, total, model, optimizer, save_every=50, show=("loss",)):
         """Yield 0, 1, ..., total, and do everything around a training loop that is not training.
@@ -271,10 +299,10 @@ class Run:
         else:
             if self.resume:
                 print(f"{self.folder}: nothing to resume, starting at step 0")
-            self._refuse_to_overwrite()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._make_room()
             self.folder.mkdir(parents=True)
-            (self.folder / "config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+            text = json.dumps(self.config, indent=2)
+            write_atomically(self.folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
             (self.folder / "metrics.jsonl").touch()
             (self.folder / "samples.md").touch()
         self.interrupted = interrupted = []
@@ -314,7 +342,7 @@ class Run:
                     + f". What was logged until then is in {self.folder}."
                 )
         # No wall-clock time in here: a resumed run must write the same bytes.
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8", errors="replace") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.bar.set_postfix({k: f"{metrics[k]:.3f}" for k in self.show if k in metrics}, refresh=False)
 
@@ -325,7 +353,7 @@ class Run:
 
     def samples(self, step, pairs, show=1):
         """Append (prompt, output) pairs to samples.md, and print the first `show` of them."""
-        with open(self.folder / "samples.md", "a", encoding="utf-8") as file:
+        with open(self.folder / "samples.md", "a", encoding="utf-8", errors="replace") as file:
             file.write(f"## Step {step}\n\n")
             for prompt, output in pairs:
                 file.write(f"**{prompt}**\n\n```\n{output}\n```\n\n")
@@ -341,7 +369,7 @@ class Run:
             blocks = re.findall(r"\*\*(.*?)\*\*\n\n```\n(.*?)\n```", section, re.DOTALL)
             for prompt, output in blocks:
                 found.setdefault(prompt, []).append(f"{name}, step {step}:\n{output}")
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="replace") as file:
             file.write("## Side by side\n\n")
             for prompt, outputs in found.items():
                 file.write(f"**{prompt}**\n\n```\n" + "\n\n".join(outputs) + "\n```\n\n")
@@ -352,6 +380,7 @@ class Run:
         results["seconds"] = round(self.seconds + time.time() - self.started, 1)
         results["peak_gb"] = peak_memory(self.device)
         self.write_report({"config": self.config, "models": READ, **results})
+        shutil.rmtree(self.old, ignore_errors=True)
         # Remove the training state, and what a kill in the middle of writing it has left behind.
         for rest in (*self.folder.glob("resume.safetensors*"), *self.folder.glob(".tmp*")):
             rest.unlink()
@@ -364,13 +393,23 @@ class Run:
         text = json.dumps(report, indent=2)
         write_atomically(self.folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
 
-    def _refuse_to_overwrite(self):
-        """Two long paths can end alike; their runs would then share a folder."""
-        path = self.folder / "config.json"
-        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    def _make_room(self):
+        """A finished run is kept as NAME.old until the new one is complete. An interrupted one, or one of other
+        models or data (two long paths can end alike), is not replaced."""
+        if self.unfinished:
+            sys.exit(
+                f"{self.folder} holds an interrupted run. Continue it with --resume, or delete the folder to start "
+                "again."
+            )
+        old = read_json(self.folder / "config.json") or {}
         for name in ("load", "data", "base", "rm", "policy"):
             if old.get(name) != self.config.get(name) and old:
                 sys.exit(f"{self.folder} holds a run with --{name} {old.get(name)}: move it away first.")
+        if self.report is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            shutil.rmtree(self.old, ignore_errors=True)
+            self.folder.rename(self.old)
 
     def _files(self):
         return [self.folder / "metrics.jsonl", self.folder / "samples.md"]
@@ -394,11 +433,12 @@ class Run:
                 state = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            sys.exit(f"{path} is damaged ({error}): it cannot be resumed. Run without --resume.")
+            sys.exit(f"{path} is damaged ({error}): it cannot be resumed. Delete the folder to start again.")
         for name in self.config:
             if state["config"].get(name) != self.config[name]:
-                what = "the code has changed" if name == "code" else f"--{name} differs"
-                sys.exit(f"{self.folder} cannot be resumed: {what} since. Run without --resume.")
+                what = {"code": "the code has changed", "data_checksum": "the file of --data has changed"}
+                what = what.get(name, f"--{name} differs")
+                sys.exit(f"{self.folder} cannot be resumed: {what} since. Delete the folder to start again.")
         model.load_state_dict({n.removeprefix("model."): w for n, w in tensors.items() if n.startswith("model.")})
         moments = {}
         for name, w in tensors.items():
@@ -429,6 +469,13 @@ def run_once(train, args, reuse):
         return train(args)
     except KeyboardInterrupt:  # outside of the loop, or the second one within a step
         sys.exit("\nStopped at once. If there is a checkpoint, --resume continues from it.")
+    except OSError as error:  # a full disk, a folder that cannot be written, a file that is gone
+        sys.exit(f"{error.filename or run.folder}: {error.strerror or error}")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        smaller = [f"--{name}" for name in ("batch", "micro_batch", "max_tokens", "prompts") if hasattr(args, name)]
+        sys.exit(f"Out of memory: {str(error).splitlines()[0][:150]}. Try smaller values of {', '.join(smaller)}.")
 
 
 def made_by(script, args, minutes, flags=()):
@@ -450,13 +497,14 @@ def made_by(script, args, minutes, flags=()):
         if getattr(args, name) != default:
             argv += [f"--{name}", str(getattr(args, name))]
     run = Run(parse(script, module.parser(), argv))
-    if run.report is None or not run.inputs_unchanged():
+    if run.report is None or not run.inputs_unchanged(code=False):
         print(
-            f"{run.folder} is missing, or was made from other models. Making it with "
+            f"{run.folder} is missing, or was made from other models or data. Making it with "
             f"`{' '.join(['python', script + '.py', *argv])}`, about {minutes}; it is kept for the next run.",
             flush=True,
         )
-        module.main(argv + ["--device", args.device] + (["--resume"] if args.resume else []))
+        resume = args.resume or run.unfinished
+        module.main(argv + ["--device", args.device] + (["--resume"] if resume else []))
     elif run.report["config"].get("code") != run.config["code"]:
         # Training it again would take minutes, perhaps for a changed comment: say it and go on.
         print(f"{run.folder} was made by older code. Move it away to train it again.")

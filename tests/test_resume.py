@@ -215,7 +215,7 @@ def test_damaged_checkpoint(start, long, tmp_path):
     flags, _ = long("dpo")
     path = kill_after_checkpoint(start, tmp_path, "dpo", flags) / "resume.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused(start(tmp_path, "dpo", *flags, "--resume").wait(), "damaged", "without --resume")
+    refused(start(tmp_path, "dpo", *flags, "--resume").wait(), "damaged", "Delete the folder")
 
 
 def test_changed_script(start, long, tmp_path):
@@ -225,7 +225,7 @@ def test_changed_script(start, long, tmp_path):
     kill_after_checkpoint(start, cwd, "dpo", flags, repo=repo)
     with open(repo / "dpo.py", "a") as file:
         file.write("# an edit\n")
-    refused(start(cwd, "dpo", *flags, "--resume", repo=repo).wait(), "the code has changed", "without --resume")
+    refused(start(cwd, "dpo", *flags, "--resume", repo=repo).wait(), "the code has changed", "Delete the folder")
 
 
 def two_paths_that_end_alike(model, cwd):
@@ -239,7 +239,32 @@ def test_another_model(start, chat, long, tmp_path):
     one, other = two_paths_that_end_alike(chat.model, tmp_path)
     kill_after_checkpoint(start, tmp_path, "dpo", [*long("dpo")[0], "--load", one])
     job = start(tmp_path, "dpo", *long("dpo")[0], "--load", other, "--resume").wait()
-    refused(job, "--load differs", "without --resume")
+    refused(job, "--load differs", "Delete the folder")
+
+
+# --- what is not lost ---
+
+
+def test_an_interrupted_run_is_not_deleted_unasked(start, long, tmp_path):
+    flags, _ = long("dpo")
+    path = kill_after_checkpoint(start, tmp_path, "dpo", flags) / "resume.safetensors"
+    refused(start(tmp_path, "dpo", *flags).wait(), "interrupted", "--resume")
+    assert path.is_file()
+
+
+def test_a_finished_run_is_kept_until_the_new_one_is_complete(start, run, long, tmp_path):
+    flags, _ = long("dpo")
+    run(tmp_path, "dpo", *flags)
+    (folder,) = folders(tmp_path)
+    weights = (folder.path / "model" / "model.safetensors").read_bytes()
+    job = start(tmp_path, "dpo", *flags)
+    assert job.until(lambda: (folder.path / "resume.safetensors").is_file())
+    job.send(signal.SIGKILL)
+    job.wait()
+    old = folder.path.with_name(folder.path.name + ".old")
+    assert (old / "report.json").is_file() and (old / "model" / "model.safetensors").read_bytes() == weights
+    run(tmp_path, "dpo", *flags, "--resume")
+    assert not old.exists() and (folder.path / "model" / "model.safetensors").read_bytes() == weights
 
 
 # --- which runs are reused, and which are made anew ---

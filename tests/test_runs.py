@@ -206,8 +206,51 @@ def test_made_by_hands_on_seed_and_dtype(run, monkeypatch, capsys):
     folder = runs.Run(parse("grpo", *argv)).folder
     assert where == str(folder / "model")
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps({"config": {"code": runs.code_checksum("grpo")}, "models": {}}))
+    (folder / "report.json").write_text(json.dumps({"config": runs.Run(parse("grpo", *argv)).config, "models": {}}))
     assert runs.made_by("grpo", args, "a minute", ["--beta", "0"]) == where and len(made) == 1
     # ... unless a model that it was made from has changed.
-    (folder / "report.json").write_text(json.dumps({"config": {"code": ""}, "models": {"gone": "0"}}))
+    (folder / "report.json").write_text(
+        json.dumps({"config": runs.Run(parse("grpo", *argv)).config, "models": {"gone": "0"}})
+    )
     assert runs.made_by("grpo", args, "a minute", ["--beta", "0"]) == where and len(made) == 2
+
+
+def test_a_run_is_not_reused_after_its_data_has_changed(tmp_path, monkeypatch):
+    """Only the content counts: the same bytes under the same path are the same data."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("one")
+    first = runs.Run(parse("dpo", "--data", str(data)))
+    first.folder.mkdir(parents=True)
+    first.write_report({"config": first.config, "models": {}})
+    assert first.finished()
+    data.write_text("two")
+    assert not runs.Run(parse("dpo", "--data", str(data))).finished()
+    data.write_text("one")
+    assert runs.Run(parse("dpo", "--data", str(data))).finished()
+
+
+@pytest.mark.parametrize("flags", [["--lr", "nan"], ["--lr", "inf"], ["--seed", "1" * 20], ["--nll", "-1"]])
+def test_numbers_that_are_none_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse("dpo", *flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = runs.Run(parse("dpo"))
+    run.folder.mkdir(parents=True)
+    (run.folder / "report.json").write_text('{"config": {')
+    with pytest.raises(SystemExit, match="report.json is damaged"):
+        run.finished()
+
+
+@pytest.mark.parametrize("error, words", [(OSError(28, "No space left on device", "runs/x"), "runs/x: No space"),
+                                          (RuntimeError("can't allocate memory: you tried"), "--batch")])  # fmt: skip
+def test_errors_of_the_machine_are_one_line(error, words, capsys):
+    def train(args):
+        raise error
+
+    with pytest.raises(SystemExit, match=words):
+        runs.run_once(train, parse("dpo"), reuse=False)
