@@ -612,6 +612,7 @@ def load_model(where, device="cpu", bfloat16=False, scorer=False):
             chat=c.get("chat", False),
         )  # fmt: skip
         loaded = load_file(weights_path)
+        runs.refuse_unsupported(where, c, loaded)
         if "score.weight" in loaded and not scorer:
             sys.exit(f"{where} is a reward model or a verifier: it gives scores and cannot generate text")
         model = GPT(config)
@@ -622,7 +623,7 @@ def load_model(where, device="cpu", bfloat16=False, scorer=False):
             weights[name] = w.t() if name.endswith(TRANSPOSED) else w
         model.load_state_dict(weights)
         runs.READ[str(weights_path)] = runs.checksum(weights_path)
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         cause = " ".join(str(error).split())[:200]
         sys.exit(f"{where} is not a GPT-2 checkpoint that can be read: {type(error).__name__}: {cause}")
     if config.vocab_size == 50257:

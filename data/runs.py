@@ -139,6 +139,21 @@ def checksum(path):
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 MODEL = ("config.json", "model.safetensors")
+OTHERS = {
+    "adapter_config.json": "an adapter (LoRA) without its model",
+    "model.safetensors.index.json": "weights in several files",
+    "pytorch_model.bin": "a pickle file",
+}
+# Settings of GPT-2 checkpoints, with the values that gpt.GPT computes with; the first one is the default.
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
 
 
 def model_files(where):
@@ -154,10 +169,25 @@ def model_files(where):
                 "config.json and model.safetensors, or train from scratch (see --help)."
             )
     folder = Path(where) / "model" if (Path(where) / "report.json").is_file() else Path(where)
+    for name, what in OTHERS.items():
+        if (folder / name).is_file() and not (folder / MODEL[1]).is_file():
+            sys.exit(f"{where} holds {name}, {what}, which is not supported: save it as one model.safetensors")
     for name in MODEL:
         if not (folder / name).is_file():
             sys.exit(f"no model in {where}: {name} is missing. Known names: {', '.join(HUB)}")
     return [folder / name for name in MODEL]
+
+
+def refuse_unsupported(where, config, weights):
+    """Exit if the checkpoint computes something else than gpt.GPT does. Ignoring a setting would give wrong logits."""
+    for name, supported in SUPPORTED.items():
+        if config.get(name, supported[0]) not in supported:
+            sys.exit(f"{where}: {name} {config[name]!r} is not supported, only {supported[0]!r}")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        sys.exit(f"{where}: n_inner {config['n_inner']} is not supported, only four times n_embd")
+    embedding = weights.get("transformer.wte.weight", weights.get("wte.weight"))
+    if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"], embedding):
+        sys.exit(f"{where}: an output layer of its own (lm_head) is not supported, only the tied embedding")
 
 
 def write_atomically(path, write):

@@ -740,3 +740,41 @@ def test_half_a_download(tmp_path, length):
     (tmp_path / "model.safetensors").write_bytes(whole[:length])
     for load in (gpt.load_model, gpt.load_scorer):
         exits(load, str(tmp_path), match="is not a GPT-2 checkpoint that can be read")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"activation_function": "relu"},
+        {"activation_function": "gelu"},
+        {"layer_norm_epsilon": 1e-2},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"n_inner": 40},
+        {"tie_word_embeddings": False},
+        {"reorder_and_upcast_attn": True},
+    ],
+)
+def test_a_checkpoint_gives_the_same_logits_as_in_transformers_or_is_refused(tmp_path, setting):
+    """Nothing that changes the logits is ignored silently. The refusal names the setting."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": V, "n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **setting)).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    refused = set(setting) - {"reorder_and_upcast_attn"} and setting.get("activation_function") != "gelu_pytorch_tanh"
+    if refused:
+        with pytest.raises(SystemExit, match="not supported"):
+            gpt.load_model(str(tmp_path))
+    else:
+        ids = random_ids(2, 8)
+        close(gpt.load_model(str(tmp_path))(ids), theirs(ids).logits, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json"])
+def test_files_that_are_no_model_are_named(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(SystemExit, match=name):
+        gpt.load_model(str(tmp_path))
