@@ -1,7 +1,7 @@
 """The transformer, and what every chapter does with it: sample, score, evaluate, save.
 
     python gpt.py                               train the base model of the embedded task
-    python gpt.py --load runs/base --prompt "Leo has 7 eggs. "      talk to any checkpoint
+    python gpt.py --load runs/base --prompt "Leo has 7 eggs."      talk to any checkpoint
 
 A base model continues text. It is trained on running text,
 
@@ -704,7 +704,7 @@ def chat(args):
         sys.exit(f"the prompt has {len(ids)} tokens; the context of {args.load} has {model.config.block_size}")
     out, _ = sample(model, [ids], min(args.tokens, room), [tok.end], temperature=args.temperature,
                     top_k=args.top_k, top_p=args.top_p, generator=rng(args.seed))  # fmt: skip
-    print(("" if model.config.chat else args.prompt) + tok.decode(out[0]))
+    print(("" if model.config.chat else args.prompt) + tok.decode(i for i in out[0] if i != tok.end))
 
 
 # fmt: off

@@ -3,7 +3,8 @@
     python sft.py                              the base model learns to answer and to stop
     python sft.py --break eos_masked           ... but never stops
     python sft.py --break too_many_epochs      ... but its samples are hardly diverse
-    python sft.py --data FILE                  on the chosen answers of real data
+    python sft.py --data FILE                  on the answers of real data (of pairs: the chosen answers, without the
+                                               prompts that dpo.py and reward_model.py hold out)
 
 The model is shown conversations  <|user|> x <|assistant|> y <|end|>  and trained on the answer alone:
 

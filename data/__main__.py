@@ -2,7 +2,8 @@
 
     python -m data                  ten problems of the embedded task, with a correct and a wrong solution to each
     python -m data pairs            ten of its preference pairs
-    python -m data FILE             ten pairs of a preference dataset (or hh-rlhf, ultrafeedback)
+    python -m data FILE             ten pairs of a preference dataset, or ten demonstrations if it has no pairs
+    python -m data gsm8k            the same of a public dataset (or hh-rlhf, ultrafeedback)
     python -m data breaks           the catalogue of failures
 
 Add --seed 1 for ten others.
@@ -74,19 +75,26 @@ def main():
         return show_task(args.seed)
     if args.source == "breaks":
         return breaks.print_catalogue()
+    fields, name = ("prompt", "chosen", "rejected"), "pair"
     if args.source == "pairs":
-        pairs = task.preference_pairs(10, args.seed)
+        shown = task.preference_pairs(10, args.seed)
     else:
-        rows, counts = public.clean_pairs(public.load_or_exit(args.source), str.split, 10**9)
-        public.say_counts(args.source, counts)
-        pairs = random.Random(args.seed).sample(rows, min(10, len(rows)))
-    for number, pair in enumerate(pairs, 1):
-        print(f"\n==== pair {number}" + (f", answer {pair['answer']}" if pair["answer"] else ""))
-        for field in ("prompt", "chosen", "rejected"):
-            print(f"  {field}:\n{indented(pair[field])}")
+        rows = public.load_or_exit(args.source)
+        clean, unit = public.clean_pairs, "pairs"
+        if any(row["chosen"] for row in rows) and all(row["rejected"] is None for row in rows):
+            clean, unit, fields, name = public.clean_demonstrations, "rows", ("prompt", "chosen"), "row"
+        rows, counts = clean(rows, str.split, 10**9)
+        public.say_counts(args.source, counts, unit=unit)
+        shown = random.Random(args.seed).sample(rows, min(10, len(rows)))
+    for number, row in enumerate(shown, 1):
+        print(f"\n==== {name} {number}" + (f", answer {row['answer']}" if row["answer"] else ""))
+        for field in fields:
+            print(f"  {field}:\n{indented(row[field])}")
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal cannot show is printed as "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

@@ -44,21 +44,46 @@ def running_text(tok, seed, step, batch, length):
             return torch.tensor(rows)
 
 
+def held_out_prompts(args, tok, room, rows):
+    """The prompts of pairs that dpo.py and reward_model.py hold out with this seed and a limit of `room` tokens."""
+    pairs = [row for row in rows if row["rejected"] is not None]
+    clean = public.clean_pairs(pairs, tok.encode, room)[0]
+    used = {row["prompt"] for row in clean}
+    if len(used) < 2:  # they refuse such a file
+        return set()
+
+    def held_out(some):
+        return {row["prompt"] for row in public.split_pairs(some, seed=args.seed)[1]}
+
+    # held_out(clean) is the split in `preferences`. The pairs that are left out there are split too: a run with another
+    # tokenizer or a larger context may use them.
+    return held_out(clean) | (held_out(pairs) - used)
+
+
 def demonstrations(args, tok, room, n):
-    """Demonstrations that fit a context of `room` tokens: n of the embedded task, or all of a source."""
+    """Demonstrations that fit a context of `room` tokens: n of the embedded task, or all of a source.
+
+    If the source holds pairs, their chosen answers are the demonstrations, and only the training side of the split in
+    `preferences` is used. SFT on a held-out pair would raise the held-out results of the DPO run that follows.
+    """
     if args.data:
-        rows = [row for row in public.load_or_exit(args.data) if row["chosen"]]
-        lessons = Lessons(rows, checked=False, longest=REAL_ANSWER)
-    else:
-        rows = [{"prompt": p.text, "chosen": solution} for p, solution in task.demonstrations(n, args.seed)]
-        lessons = Lessons(rows, problems=task.problems(args.problems, args.seed, "test"))
+        rows = public.load_or_exit(args.data)
+        held_out = held_out_prompts(args, tok, room, rows)
+        free = [row for row in rows if row["prompt"] not in held_out]
+        template = len(tok.prompt("")) + len(tok.answer(""))  # tokens
+        kept, counts = public.clean_demonstrations(free, tok.encode, room - template)
+        public.say_counts(args.data, counts | {"held out": len(rows) - len(free)}, room, "rows")
+        if not kept:
+            raise SystemExit(f"{args.data} holds no demonstration that fits the context of {room} tokens")
+        return Lessons(kept, checked=False, longest=REAL_ANSWER)
+    rows = [{"prompt": p.text, "chosen": solution} for p, solution in task.demonstrations(n, args.seed)]
+    lessons = Lessons(rows, problems=task.problems(args.problems, args.seed, "test"))
     lessons.train = [r for r in rows if len(tok.prompt(r["prompt"])) + len(tok.answer(r["chosen"])) <= room]
     if len(lessons.train) < len(rows):
         print(f"{len(rows) - len(lessons.train)} of {len(rows)} demonstrations are longer than the context of "
               f"{room} tokens and are left out")  # fmt: skip
     if not lessons.train:
-        source = args.data or "the embedded task"
-        raise SystemExit(f"{source} holds no demonstration that fits the context of {room} tokens")
+        raise SystemExit(f"the embedded task holds no demonstration that fits the context of {room} tokens")
     return lessons
 
 

@@ -6,9 +6,9 @@
     answer    the gold number of a math problem                                str or None
 
 Published data comes in four layouts (SHAPES below); in two of them a text can also be a list of messages. Each
-layout is read by one short function. The rest of the file is what every preference script needs: clean_pairs drops
-and counts the rows that cannot be trained on, and split_pairs holds out some prompts. The scripts use it through
-data/lessons.py.
+layout is read by one short function. The rest of the file is what every script with real data needs: clean_pairs and
+clean_demonstrations drop and count the rows that cannot be trained on, and split_pairs holds out some prompts. The
+scripts use it through data/lessons.py.
 
 Try it:
     python -c "from data.public import load_rows; print(load_rows('my_pairs.jsonl')[0])"
@@ -20,7 +20,9 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
+from collections import Counter
 from pathlib import Path
 
 from data.checker import is_correct, last_answer
@@ -45,10 +47,18 @@ ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
 # the answer. They take room in the context too. (The template in gpt.py does not mark the end of the question: 3.)
 TEMPLATE_TOKENS = 4
 
+# A text with more characters than this per allowed token, plus a margin for small limits, is too long without being
+# encoded. English has about four characters per token. tiktoken panics on some texts of a million characters.
+CHARACTERS_PER_TOKEN, MARGIN = 20, 1000
+
 
 # --- the shapes ------------------------------------------------------------------------------
 # Each function takes one row as it was published and returns our four fields. It raises ValueError for a row that
 # does not have its layout; load_rows adds the file and the line to the message.
+
+
+class NoPair(Exception):
+    """The row is well formed, but a text of it is missing. It keeps its place and is counted as "no pair"."""
 
 
 def _row(prompt, chosen=None, rejected=None, answer=None):
@@ -64,15 +74,25 @@ def _text(row, field):
 
 
 def _turns(row, field):
-    """row[field] as a list of (role, content). ValueError if it is not a list of messages."""
+    """row[field] as a list of (role, content).
+
+    Raises ValueError if it is not a list of messages. Raises NoPair if a content is null, as in a message that only
+    calls a tool: such a dialogue is valid, but it cannot be written as text.
+    """
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else type(turns).__name__
         raise ValueError(f"field {field!r} is {found}, not a list of messages")
+    null = False
     for turn in turns:
-        pair = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if not all(isinstance(part, str) for part in pair):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        # Some publications leave the content out beside tool calls.
+        is_null = content is None and isinstance(turn, dict) and ("content" in turn or "tool_calls" in turn)
+        if not isinstance(role, str) or not (isinstance(content, str) or is_null):
             raise ValueError(f"a message in {field!r} is not {{'role': str, 'content': str}}")
+        null = null or is_null
+    if null:
+        raise NoPair(f"a message in {field!r} has no content")
     return [(turn["role"], turn["content"]) for turn in turns]
 
 
@@ -124,7 +144,8 @@ def _dialogues(row):
     """{chosen, rejected} without a prompt: HH-RLHF's whole dialogues, or message lists."""
     if not isinstance(row["chosen"], str):
         return _messages(row)
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    # Files that passed through Windows have \r\n inside the texts. The marks below are written with \n.
+    chosen, rejected = (_text(row, field).replace("\r\n", "\n") for field in ("chosen", "rejected"))
     if ASSISTANT not in chosen and ASSISTANT not in rejected:
         raise ValueError("there is no field 'prompt', and no '\\n\\nAssistant:' to cut one off at")
     # Not the common prefix itself: if both answers begin "I'm sorry", the prefix contains that. The answers begin
@@ -193,18 +214,44 @@ def lines(path):
     try:
         # As bytes: text mode would also end a line at a single carriage return.
         with opener(path, "rb") as file:
+            first = True
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    # From the byte order mark, or from the zero bytes beside the first characters.
+                    encoding = json.detect_encoding(line)
+                    # A file of zero bytes only, as a crash can leave it, is no text at all.
+                    if not encoding.startswith("utf-8") and line.strip(b"\0"):
+                        raise ValueError(f"{path} is {encoding[:6].upper()}; save it as UTF-8")
                 if not line.strip():
                     continue
                 try:
-                    yield number, json.loads(line.decode("utf-8-sig"))
-                # JSONDecodeError and UnicodeDecodeError are ValueErrors. A line of a hundred thousand "[" raises
-                # RecursionError.
+                    text = line.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    byte = f"byte {line[error.start]:#04x} at position {error.start}"
+                    raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({byte}); save it as UTF-8") from None
+                if first and text.lstrip().startswith("["):
+                    raise ValueError(f"{path}, line {number}: this is a JSON array; write one object per line")
+                first = False
+                try:
+                    record = json.loads(text)
+                    if "\\ud" in text.lower():  # only such an escape can hold half a character
+                        record = _whole_characters(record)
+                # JSONDecodeError is a ValueError. A line of a hundred thousand "[" raises RecursionError.
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+                yield number, record
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         message = f"{path}: damaged gzip file ({error}); download it again"
         raise ValueError(message) from None
+
+
+def _whole_characters(record):
+    """The record with U+FFFD for every half of a character, in values and in names.
+
+    JSON can hold one half of an emoji ("\\ud83d"), for example where a text was cut. UTF-8 cannot: the tokenizer, the
+    terminal and every file would refuse it later.
+    """
+    return json.loads(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(record, ensure_ascii=False)))
 
 
 def _parquet(path):
@@ -269,7 +316,8 @@ def load_rows(source, split="train"):
         A list of {"prompt": str, "chosen": str or None, "rejected": str or None,
         "answer": str or None}, one for each row of the source and in its order. A row that does
         not hold two answers to one prompt keeps its place, with rejected None (and chosen None too,
-        except for GSM8K's worked solutions).
+        except for GSM8K's worked solutions). So does a row of messages with `"content": null`.
+        Half a character (a lone surrogate such as "\\ud83d") is read as U+FFFD.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -315,6 +363,8 @@ def load_rows(source, split="train"):
             raise ValueError(f"{where}: field {missing[0]!r} is missing")
         try:
             rows.append(to_row(record))
+        except NoPair:
+            rows.append(_row(""))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not rows:
@@ -356,7 +406,43 @@ def model_solutions(path):
     return rows
 
 
-# --- preparing pairs -------------------------------------------------------------------------
+# --- preparing rows --------------------------------------------------------------------------
+
+
+def _without_prompt(row):
+    """The row with its prompt cut off both answers, if both begin with it; otherwise the same row.
+
+    Some publications have the whole text in chosen and rejected. A model trained on them would learn to repeat the
+    question. Blanks around prompt and answers do not matter, and the answers lose theirs.
+
+    A short prompt may stand at the start of both answers by chance ("Hi", "Hi there!", "Hi Leo."). So the prompt must
+    have at least 20 characters, or at least three words. In the second case it must also end in a punctuation mark, or
+    a blank must follow it in both answers: "Good morning, Sam" stays in "Good morning, Sam! How are you?".
+    """
+    prompt, sides = row["prompt"].strip(), (row["chosen"], row["rejected"])
+    if not prompt or not all(side is not None and side.lstrip().startswith(prompt) for side in sides):
+        return row
+    chosen, rejected = (side.lstrip()[len(prompt) :] for side in sides)
+    complete = not prompt[-1].isalnum() or not any(rest[:1].strip() for rest in (chosen, rejected))
+    if len(prompt) < 20 and not (complete and len(prompt.split()) >= 3):
+        return row
+    return {**row, "chosen": chosen.strip(), "rejected": rejected.strip()}
+
+
+def _length(encode, text, max_tokens):
+    """Tokens of the text. A text that is far too long is not encoded, and counts as one token too many."""
+    return max_tokens + 1 if len(text) > CHARACTERS_PER_TOKEN * max_tokens + MARGIN else len(encode(text))
+
+
+def _contradictions(pairs):
+    """How many pairs contradict another pair: the same prompt and answers with the opposite preference.
+
+    Every pair is counted against at most one other. So three pairs A > B and one pair B > A count 1: one pair is the
+    least that must go until the rest agree.
+    """
+    times = Counter((p["prompt"], p["chosen"], p["rejected"]) for p in pairs)
+    opposite = ((n, times[prompt, worse, better]) for (prompt, better, worse), n in list(times.items()))
+    return sum(map(min, opposite)) // 2  # every contradiction was met from both sides
 
 
 def clean_pairs(rows, encode, max_tokens):
@@ -367,7 +453,8 @@ def clean_pairs(rows, encode, max_tokens):
 
     Args:
         rows: rows as load_rows returns them.
-        encode: function from a string to its list of token ids.
+        encode: function from a string to its list of token ids. It is not called for a text of more
+            than 20 * max_tokens + 1000 characters, which is too long in any case.
         max_tokens: the longest sequence the model takes. Prompt, longer answer and the template's
             4 tokens must fit into it together.
 
@@ -376,13 +463,18 @@ def clean_pairs(rows, encode, max_tokens):
         rejected are the same, so margin and gradient are always 0), "too long", "empty" (a text is blank) and "no
         pair". Every row is counted once.
 
+        Where they occur, two more counts say something about the rows that are kept: "prompt cut" (both answers
+        began with the prompt, which was cut off, see _without_prompt) and "contradict" (see _contradictions).
+
     Example:
         >>> rows = [_row("Hi", "Hello!", "What?"), _row("Hi", "Yes", "Yes"), _row("Hi", "Yes")]
         >>> clean_pairs(rows, lambda text: list(text.encode()), 12)[1]
         {'kept': 1, 'identical': 1, 'too long': 0, 'empty': 0, 'no pair': 1}
     """
     kept, counts = [], dict.fromkeys(("kept", "identical", "too long", "empty", "no pair"), 0)
-    for row in rows:
+    cut = 0
+    for published in rows:
+        row = _without_prompt(published)
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
         if chosen is None or rejected is None:
             counts["no pair"] += 1
@@ -392,33 +484,75 @@ def clean_pairs(rows, encode, max_tokens):
             counts["identical"] += 1
         else:
             # The longer one in tokens: the answer with more characters may have fewer tokens.
-            longer = max(len(encode(chosen)), len(encode(rejected)))
-            fits = len(encode(prompt)) + longer + TEMPLATE_TOKENS <= max_tokens
+            longer = max(_length(encode, text, max_tokens) for text in (chosen, rejected))
+            fits = _length(encode, prompt, max_tokens) + longer + TEMPLATE_TOKENS <= max_tokens
             counts["kept" if fits else "too long"] += 1
             if fits:
                 kept.append(row)
-    return kept, counts
+                cut += row is not published
+    notes = {"prompt cut": cut, "contradict": _contradictions(kept)}
+    return kept, counts | {note: n for note, n in notes.items() if n}
 
 
-def say_counts(source, counts, max_tokens=None):
-    """Print in one line what clean_pairs dropped.
+def clean_demonstrations(rows, encode, max_tokens):
+    """Drop the rows that cannot be imitated, and count them by reason. clean_pairs, for prompt and chosen only.
+
+    Args:
+        rows: rows as load_rows returns them. Of a pair, the chosen answer is the demonstration.
+        encode: as in clean_pairs.
+        max_tokens: the most tokens that prompt and answer may have together, without the template.
+
+    Returns:
+        (kept, counts): the rows that are kept, in order, and how many rows are "kept", "too long", "empty" (prompt or
+        answer is blank) and "no answer"; where it occurs, "prompt cut" as in clean_pairs.
+    """
+    kept, counts = [], dict.fromkeys(("kept", "too long", "empty", "no answer"), 0)
+    cut = 0
+    for published in rows:
+        row = _without_prompt(published)
+        texts = row["prompt"], row["chosen"]
+        if row["chosen"] is None:
+            counts["no answer"] += 1
+        elif not all(text.strip() for text in texts):
+            counts["empty"] += 1
+        elif sum(_length(encode, text, max_tokens) for text in texts) > max_tokens:
+            counts["too long"] += 1
+        else:
+            counts["kept"] += 1
+            kept.append(row)
+            cut += row is not published
+    return kept, counts | ({"prompt cut": cut} if cut else {})
+
+
+def say_counts(source, counts, max_tokens=None, unit="pairs"):
+    """Print in one line what clean_pairs or clean_demonstrations dropped, and what is to be known of the rest.
 
     Args:
         source: the name of what was read.
-        counts: the dict that clean_pairs returned.
-        max_tokens: the limit that clean_pairs was given.
+        counts: the dict that they returned. Rows held out before may be added to it as "held out".
+        max_tokens: the limit that they were given.
+        unit: what a row of the source is called.
 
     Example:
         pairs.jsonl: 1000 pairs read, 4 identical, 112 too long for 512 tokens, 884 kept
+        twice.jsonl: 24 pairs read, 24 kept; 12 contradict another pair
     """
     words = {
+        "held out": "held out for dpo.py and reward_model.py",
         "no pair": "without a pair",
+        "no answer": "without an answer",
         "empty": "with an empty text",
         "identical": "identical",
         "too long": "too long" + (f" for {max_tokens} tokens" if max_tokens else ""),
     }
-    dropped = "".join(f" {counts[key]} {words[key]}," for key in words if counts[key])
-    print(f"{source}: {sum(counts.values())} pairs read,{dropped} {counts['kept']} kept")
+    notes = {
+        "contradict": "{} contradict another pair",
+        "prompt cut": "the prompt was cut off both answers of {}",
+    }
+    dropped = "".join(f" {counts[key]} {words[key]}," for key in words if counts.get(key))
+    said = "".join(f"; {notes[key].format(counts[key])}" for key in notes if counts.get(key))
+    total = sum(n for key, n in counts.items() if key not in notes)
+    print(f"{source}: {total} {unit} read,{dropped} {counts['kept']} kept{said}")
 
 
 def split_pairs(pairs, held_out=0.2, seed=0):
@@ -449,8 +583,7 @@ def split_pairs(pairs, held_out=0.2, seed=0):
     place = {}  # prompt -> a pseudo-random number in [0, 1), a function of prompt and seed
     for pair in pairs:
         # Not hash(): Python's hash of a string differs from process to process.
-        # surrogatepass: JSON can contain half a character ("\ud83d"), which UTF-8 refuses.
-        key = f"{seed}\n{pair['prompt']}".encode("utf-8", "surrogatepass")
+        key = f"{seed}\n{pair['prompt']}".encode()
         place[pair["prompt"]] = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
     if len(place) < 2:
         raise ValueError(f"cannot hold out a part of {len(place)} different prompts; give more")

@@ -11,6 +11,8 @@ Every run writes one folder:
         report.json           the results; it exists if and only if the run has finished
         figure.png            of a break (and of reasoning.py)
 
+While a process writes a run, it holds the lock runs/.locks/NAME.lock, and a second process is refused.
+
 Every random choice is a function of (seed, purpose, step) and never of earlier steps. So --resume needs no random
 state: a resumed run ends in the same numbers, to the bit on a CPU.
 
@@ -18,6 +20,8 @@ This file does not depend on how a model is built (a model saves itself) or on w
 """
 
 import argparse
+import atexit
+import errno
 import functools
 import hashlib
 import importlib
@@ -76,6 +80,8 @@ def parse(script, parser, argv, breaks=()):
     have other folders.
     """
     argv = sys.argv[1:] if argv is None else argv
+    sys.excepthook = one_line_or_traceback
+    atexit.register(flush_output)
     if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal cannot show is printed as "?"
         sys.stdout.reconfigure(errors="replace")
     add = parser.add_argument
@@ -119,11 +125,24 @@ def parse(script, parser, argv, breaks=()):
     args.suffix = ""
     for name, value in vars(args).items():
         if name not in (*UNNAMED, "suffix") and value != parser.get_default(name):
-            # Of a path the last two parts, without characters that a file name cannot hold.
-            short = "-".join(Path(str(value)).parts[-2:]).replace(".", "_")[-40:]
-            args.suffix += f"-{name}={short}"
+            # Of a path the last two parts.
+            short = "-".join(Path(str(value)).parts[-2:]).replace(".", "_")
+            args.suffix += f"-{name}={file_name(short, str(value), 40, end=True)}"
     args.script = script
     return args
+
+
+def file_name(text, full, limit, end=False):
+    """`text` as a name that every file system accepts: at most `limit` characters of A-Z a-z 0-9 _ = -.
+
+    Other characters become "_", and the beginning is kept (or the end, with end=True). If anything was replaced or
+    cut, a checksum of `full` is added, so that different values have different names.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_=-]", "_", text)
+    if safe == text and len(safe) <= limit:
+        return safe
+    digits = hashlib.sha256(full.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return (safe[-(limit - 9) :] if end else safe[: limit - 9]) + "-" + digits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,8 +213,30 @@ def write_atomically(path, write):
     """Call write(temporary path), then rename. A reader of `path` finds the old file or the new one,
     never half of one, even if the process is killed."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # for example a full disk: half a file would keep it full
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the first error says more
+        raise named(error, path) from error
+
+
+def named(error, path):
+    """The error as an OSError that has the file's name. Errors of writing have none, and safetensors has its own."""
+    number = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+    return OSError(number, os.strerror(number) if number else str(error), str(path))
+
+
+def append(path, text):
+    try:
+        with open(path, "a", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+    except OSError as error:
+        raise named(error, path) from error
 
 
 def read_json(path):
@@ -241,17 +282,17 @@ class Run:
     def __init__(self, args):
         self.label = getattr(args, "break_", None) or "clean"
         name = "base" if args.script == "gpt" else args.script
-        name += "" if self.label == "clean" else f"-{self.label}"
-        self.folder = Path("runs") / (name + args.suffix)
+        name += ("" if self.label == "clean" else f"-{self.label}") + args.suffix
+        self.folder = Path("runs") / file_name(name, name, 150)
         self.resume, self.device = args.resume, args.device
         left_out = ("resume", "device", "suffix")
         self.config = {k: v for k, v in vars(args).items() if k not in left_out}
         # Code and data are part of the settings: a clean run is reused only if both are unchanged.
         self.config["code"] = code_checksum(args.script)
         data = getattr(args, "data", None)
-        if data and Path(data).expanduser().is_file():
+        if data and os.path.isfile(os.path.expanduser(data)):  # False for a path that cannot exist
             self.config["data_checksum"] = checksum(Path(data).expanduser())
-        self.bar = None
+        self.bar = self.lock = None
 
     @property
     def report(self):
@@ -269,8 +310,13 @@ class Run:
     @property
     def metrics(self):
         """All logged lines, as a list of dicts."""
-        with open(self.folder / "metrics.jsonl", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, encoding="utf-8") as file:
+                return [json.loads(line) for line in file]
+        except (FileNotFoundError, ValueError) as error:
+            what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+            sys.exit(f"{path} {what}: delete the folder {self.folder} and run again.")
 
     def mean(self, *names, last=0.2):
         """{name: mean over the last fifth of the updates}. A single batch is noisy."""
@@ -300,13 +346,12 @@ class Run:
             results[name] = sum(some) / len(some)
         return results
 
-    def finished(self):
-        """True if this very run is on disk: same flags, code and data, and the models that it read are unchanged."""
-        return self.report is not None and self.inputs_unchanged()
-
-    def inputs_unchanged(self, code=True):
-        """True if the finished run has the same flags and data, has read the same models, and (unless code=False) was
-        made by the same code. So a policy is not reused after its reward model was trained again."""
+    def finished(self, code=True):
+        """True if this very run is on disk and its model is there: same flags and data, the models that it read are
+        unchanged, and (unless code=False) the code is the same. So a policy is not reused after its reward model was
+        trained again."""
+        if self.report is None or not all((self.folder / "model" / name).is_file() for name in MODEL):
+            return False
         old, models = self.report["config"], self.report["models"].items()
         names = {*old, *self.config} - (set() if code else {"code"})
         return all(old.get(name) == self.config.get(name) for name in names) and all(
@@ -324,6 +369,7 @@ class Run:
         self.show, self.started = show, time.time()
         start, self.seconds = 0, 0.0
         state = self.folder / "resume.safetensors"
+        self._lock()
         if self.resume and state.is_file():
             start = self._load(state, model, optimizer)
         else:
@@ -331,10 +377,10 @@ class Run:
                 print(f"{self.folder}: nothing to resume, starting at step 0")
             self._make_room()
             self.folder.mkdir(parents=True)
-            text = json.dumps(self.config, indent=2)
-            write_atomically(self.folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
             (self.folder / "metrics.jsonl").touch()
             (self.folder / "samples.md").touch()
+        text = json.dumps(self.config, indent=2)  # of a resumed run the same text: it may be damaged
+        write_atomically(self.folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
         self.interrupted = interrupted = []
 
         def on_interrupt(signum, frame):
@@ -360,6 +406,8 @@ class Run:
         finally:
             self.bar.close()
             signal.signal(signal.SIGINT, before)
+            if step < total:  # a complete run keeps its lock until finish() has written the results
+                self.lock.release()
 
     def log(self, step, **metrics):
         """Append one line to metrics.jsonl. Stops the run if a number is not finite."""
@@ -372,8 +420,7 @@ class Run:
                     + f". What was logged until then is in {self.folder}."
                 )
         # No wall-clock time in here: a resumed run must write the same bytes.
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8", errors="replace") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append(self.folder / "metrics.jsonl", json.dumps({"step": step, **metrics}) + "\n")
         self.bar.set_postfix({k: f"{metrics[k]:.3f}" for k in self.show if k in metrics}, refresh=False)
 
     def say(self, step, **metrics):
@@ -383,10 +430,8 @@ class Run:
 
     def samples(self, step, pairs, show=1):
         """Append (prompt, output) pairs to samples.md, and print the first `show` of them."""
-        with open(self.folder / "samples.md", "a", encoding="utf-8", errors="replace") as file:
-            file.write(f"## Step {step}\n\n")
-            for prompt, output in pairs:
-                file.write(f"**{prompt}**\n\n```\n{output}\n```\n\n")
+        blocks = [f"**{prompt}**\n\n```\n{output}\n```\n\n" for prompt, output in pairs]
+        append(self.folder / "samples.md", f"## Step {step}\n\n" + "".join(blocks))
         for prompt, output in pairs[:show]:
             tqdm.write(f"    {prompt}\n    -> " + output.replace("\n", "\n       "))
 
@@ -399,13 +444,21 @@ class Run:
             blocks = re.findall(r"\*\*(.*?)\*\*\n\n```\n(.*?)\n```", section, re.DOTALL)
             for prompt, output in blocks:
                 found.setdefault(prompt, []).append(f"{name}, step {step}:\n{output}")
-        with open(path, "a", encoding="utf-8", errors="replace") as file:
-            file.write("## Side by side\n\n")
-            for prompt, outputs in found.items():
-                file.write(f"**{prompt}**\n\n```\n" + "\n\n".join(outputs) + "\n```\n\n")
+        blocks = [f"**{prompt}**\n\n```\n" + "\n\n".join(outputs) + "\n```\n\n" for prompt, outputs in found.items()]
+        append(path, "## Side by side\n\n" + "".join(blocks))
 
     def finish(self, model, **results):
         """Save the model, then the report: its existence says that the run is complete."""
+        try:
+            self._finish(model, results)
+        finally:
+            self.lock.release()
+        print(f"{self.folder}: done in {results['seconds']:.0f} s, peak memory {results['peak_gb']:.1f} GB")
+        if self.interrupted:  # Ctrl-C during the last evaluation: this run is complete, but stop here
+            sys.exit(130)
+        return self
+
+    def _finish(self, model, results):
         model.save(self.folder / "model")
         results["seconds"] = round(self.seconds + time.time() - self.started, 1)
         results["peak_gb"] = peak_memory(self.device)
@@ -414,14 +467,24 @@ class Run:
         # Remove the training state, and what a kill in the middle of writing it has left behind.
         for rest in (*self.folder.glob("resume.safetensors*"), *self.folder.glob(".tmp*")):
             rest.unlink()
-        print(f"{self.folder}: done in {results['seconds']:.0f} s, peak memory {results['peak_gb']:.1f} GB")
-        if self.interrupted:  # Ctrl-C during the last evaluation: this run is complete, but stop here
-            sys.exit(130)
-        return self
 
     def write_report(self, report):
         text = json.dumps(report, indent=2)
         write_atomically(self.folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _lock(self):
+        """Exit if another process writes this run. The system releases the lock when the process ends."""
+        from filelock import FileLock, Timeout
+
+        locks = self.folder.parent / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(locks / f"{self.folder.name}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            sys.exit(f"{self.folder} is in use: another process is writing this run. Wait until it ends, or stop it.")
+        except NotImplementedError:  # a file system without locks
+            pass
 
     def _make_room(self):
         """A finished run is kept as NAME.old until the new one is complete. An interrupted one, or one of other
@@ -431,7 +494,7 @@ class Run:
                 f"{self.folder} holds an interrupted run. Continue it with --resume, or delete the folder to start "
                 "again."
             )
-        old = read_json(self.folder / "config.json") or {}
+        old = self.report["config"] if self.report else read_json(self.folder / "config.json") or {}
         for name in ("load", "data", "base", "rm", "policy"):
             if old.get(name) != self.config.get(name) and old:
                 sys.exit(f"{self.folder} holds a run with --{name} {old.get(name)}: move it away first.")
@@ -462,13 +525,17 @@ class Run:
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             sys.exit(f"{path} is damaged ({error}): it cannot be resumed. Delete the folder to start again.")
         for name in self.config:
             if state["config"].get(name) != self.config[name]:
                 what = {"code": "the code has changed", "data_checksum": "the file of --data has changed"}
                 what = what.get(name, f"--{name} differs")
                 sys.exit(f"{self.folder} cannot be resumed: {what} since. Delete the folder to start again.")
+        for file, size in zip(self._files(), state["sizes"]):
+            if not file.is_file() or file.stat().st_size < size:
+                what = "is missing" if not file.is_file() else "has lost its end"
+                sys.exit(f"{file} {what}: the run cannot be resumed. Delete the folder {self.folder} to start again.")
         model.load_state_dict({n.removeprefix("model."): w for n, w in tensors.items() if n.startswith("model.")})
         moments = {}
         for name, w in tensors.items():
@@ -499,13 +566,59 @@ def run_once(train, args, reuse):
         return train(args)
     except KeyboardInterrupt:  # outside of the loop, or the second one within a step
         sys.exit("\nStopped at once. If there is a checkpoint, --resume continues from it.")
-    except OSError as error:  # a full disk, a folder that cannot be written, a file that is gone
-        sys.exit(f"{error.filename or run.folder}: {error.strerror or error}")
+    except BrokenPipeError:
+        flush_output()
+        sys.exit("The output was closed (by `| head`?): stopped. If there is a checkpoint, --resume continues from it.")
+    except OSError as error:
+        sys.exit(one_line(error, run.folder))
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
         smaller = [f"--{name}" for name in ("batch", "micro_batch", "max_tokens", "prompts") if hasattr(args, name)]
         sys.exit(f"Out of memory: {str(error).splitlines()[0][:150]}. Try smaller values of {', '.join(smaller)}.")
+
+
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+
+def one_line(error, where="runs"):
+    """An error of the file system: the file, the cause, and the way out."""
+    if error.errno in FULL:
+        advice = " Make room, then run again with --resume: what was complete is still there."
+    elif error.errno in REFUSED:
+        advice = " Make it writable, or run in another folder: results go to ./runs."
+    elif error.errno in IN_THE_WAY:
+        advice = " Move away what stands where a folder is needed, then run again."
+    else:
+        advice = ""
+    return f"{error.filename or where}: {error.strerror or error}." + advice
+
+
+def one_line_or_traceback(kind, error, traceback):
+    """sys.excepthook of every script, for what run_once does not see: tables, figures, --help."""
+    if isinstance(error, BrokenPipeError):
+        flush_output()
+    elif isinstance(error, OSError):
+        print(one_line(error), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def flush_output():
+    """At the end, write what is buffered. If nobody reads it (`python SCRIPT.py | head`), drop it: the interpreter
+    would print a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:  # ValueError: already closed
+            if isinstance(error, OSError) and error.errno in FULL:
+                sys.stderr.write("The output could not be written: no space left on device.\n")
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except (OSError, ValueError):
+                pass
 
 
 def made_by(script, args, minutes, flags=()):
@@ -527,9 +640,9 @@ def made_by(script, args, minutes, flags=()):
         if getattr(args, name) != default:
             argv += [f"--{name}", str(getattr(args, name))]
     run = Run(parse(script, module.parser(), argv))
-    if run.report is None or not run.inputs_unchanged(code=False):
+    if not run.finished(code=False):
         print(
-            f"{run.folder} is missing, or was made from other models or data. Making it with "
+            f"{run.folder} is missing or incomplete, or was made from other models or data. Making it with "
             f"`{' '.join(['python', script + '.py', *argv])}`, about {minutes}; it is kept for the next run.",
             flush=True,
         )

@@ -31,7 +31,7 @@ RL = ["ppo", "grpo"]
 # no tensor is touched (a fork loses the threads that computed it), and huggingface_hub is not imported (it reads its
 # environment variables when it is).
 SERVER = r"""
-import gc, json, os, runpy, signal, sys, traceback
+import gc, json, os, runpy, signal, sys
 import matplotlib.pyplot, safetensors.torch, tiktoken, torch, tqdm
 import torch._dynamo, requests  # what torch.optim and tiktoken import late
 
@@ -71,7 +71,7 @@ except SystemExit as error:
         print(code, file=sys.stderr)
         code = 1
 except BaseException as error:
-    traceback.print_exc()
+    sys.excepthook(type(error), error, error.__traceback__)  # as the interpreter does
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
 sys.stdout.flush()
 sys.stderr.flush()
@@ -176,8 +176,8 @@ class Folder:
 
 
 def folders(cwd):
-    """All runs under ./runs; the one of a break comes last."""
-    found = [Folder(path) for path in (Path(cwd) / "runs").iterdir()]
+    """All runs under ./runs; the one of a break comes last. (runs/.locks is no run.)"""
+    found = [Folder(path) for path in (Path(cwd) / "runs").iterdir() if not path.name.startswith(".")]
     return sorted(found, key=lambda folder: (folder.config.get("break_") or "", folder.name))
 
 

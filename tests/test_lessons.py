@@ -68,11 +68,13 @@ def test_every_row_of_running_text_starts_with_a_text(tok, length):
 def test_demonstrations_of_the_task_and_of_a_file(tok, write, capsys):
     args = options(problems=20)
     embedded = lessons.demonstrations(args, tok, 128, 50)
-    of_file = lessons.demonstrations(options(write([pair(i) for i in range(60)]), problems=20), tok, 128, 50)
+    assert not capsys.readouterr().out  # nothing was left out
+    demonstrations = [{"question": f"Leo has {i} eggs.", "answer": f"#### {i}"} for i in range(60)]
+    of_file = lessons.demonstrations(options(write(demonstrations), problems=20), tok, 128, 50)
+    assert capsys.readouterr().out.endswith("rows.jsonl: 60 rows read, 60 kept\n")
     assert (len(embedded.train), len(of_file.train)) == (50, 60)  # n counts for the task; a file is used as a whole
     for row in embedded.train + of_file.train:
         assert type(row["prompt"]) is type(row["chosen"]) is str
-    assert not capsys.readouterr().out  # nothing was left out
     # Only the task has problems with answers to be tested on; they are of another split than the demonstrations.
     assert embedded.checked and embedded.problems == task.problems(20, 0, "test")
     assert not of_file.checked and of_file.problems == []
@@ -84,15 +86,99 @@ def test_demonstrations_of_the_task_and_of_a_file(tok, write, capsys):
 
 
 def test_demonstrations_that_do_not_fit_are_counted(tok, write, capsys):
-    short, long = pair(1), pair(2, 9)
-    size = len(tok.prompt(long["prompt"])) + len(tok.answer(long["chosen"]))
+    short, long = ({"question": f"Leo has {i} eggs.", "answer": "9+5=14. " * i + "#### 14"} for i in (1, 9))
+    size = len(tok.prompt(long["question"])) + len(tok.answer(long["answer"]))
     file = options(write([short, long]))
     assert len(lessons.demonstrations(file, tok, size, None).train) == 2
     found = lessons.demonstrations(file, tok, size - 1, None)
-    assert [row["prompt"] for row in found.train] == [short["prompt"]]
-    assert "1 of 2" in capsys.readouterr().out
+    assert [row["prompt"] for row in found.train] == [short["question"]]
+    assert f"2 rows read, 1 too long for {size - 1} tokens, 1 kept" in capsys.readouterr().out
     for source in (file, options(problems=5)):
         exits(lessons.demonstrations, source, tok, 5, 10, match="no demonstration that fits")
+
+
+def test_demonstrations_that_cannot_be_imitated_are_counted(tok, write, capsys):
+    good = {"question": "Leo has 1 eggs.", "answer": "#### 1"}
+    file = options(write([good, good | {"question": " \n"}, good | {"question": ""}]))
+    found = lessons.demonstrations(file, tok, 128, None)
+    assert [(row["prompt"], row["chosen"]) for row in found.train] == [("Leo has 1 eggs.", "#### 1")]
+    assert "3 rows read, 2 with an empty text, 1 kept" in capsys.readouterr().out
+    # Two rows with one prompt: nothing can be held out.
+    found = lessons.demonstrations(options(write([pair(7) | {"chosen": " "}, pair(7)])), tok, 128, None)
+    assert [row["chosen"] for row in found.train] == [pair(7)["chosen"]]
+    assert "2 rows read, 1 with an empty text, 1 kept" in capsys.readouterr().out
+    # The models of the second row were all correct, so it has no pair and no answer.
+    unpaired = solved(2) | {"b": {"solution": "A: 2", "is_correct": True}}
+    found = lessons.demonstrations(options(write([solved(1), unpaired])), tok, 128, None)
+    assert [row["prompt"] for row in found.train] == ["Leo has 1 eggs."]
+    assert "2 rows read, 1 without an answer, 1 kept" in capsys.readouterr().out
+    exits(lessons.demonstrations, options(write([unpaired])), tok, 128, None, match="no demonstration that fits")
+
+
+def test_far_too_long_demonstrations_are_not_encoded(write, capsys):
+    """tiktoken panics on some texts of a million characters."""
+    longest = 0
+
+    def encode(text):
+        nonlocal longest
+        longest = max(longest, len(text))
+        return list(text.encode())
+
+    tok = SimpleNamespace(
+        encode=encode, prompt=lambda text: [0, *encode(text), 1], answer=lambda text: [*encode(text), 2]
+    )
+    huge = "a" + " " * 10**6 + "b"
+    rows = [pair(i) | {field: huge} for i in range(40) for field in ("prompt", "chosen", "rejected")]
+    lessons.demonstrations(options(write([*rows, pair(41), pair(42)])), tok, 128, None)
+    assert " too long for 128 tokens, " in capsys.readouterr().out
+    assert 0 < longest <= 20 * 128 + 1000
+    lessons.preferences(options(write([*rows, pair(41), pair(42)])), tok, 128)
+    assert longest <= 20 * 128 + 1000
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 60])
+def test_what_dpo_holds_out_is_held_out_from_sft(tok, write, capsys, n):
+    """The same seed gives the same split, in files of a few prompts too, and with rows that only one side can use."""
+    for seed in range(20):
+        rows = [pair(i, words) for i in range(n) for words in (1, 2)]
+        rows += [pair(100 + i, 1 + i % 30) | {"rejected": pair(0)["chosen"]} for i in range(n)]  # some are identical
+        args = options(write(rows), seed)
+        room = 48  # some are too long
+        sft = lessons.demonstrations(args, tok, room, None)
+        printed = capsys.readouterr().out
+        dpo = lessons.preferences(args, tok, room)
+        assert sft.train and sft.held_out == []
+        held_out, trained = ({r["prompt"] for r in part} for part in (dpo.held_out, sft.train))
+        assert held_out and not held_out & trained
+        assert {r["prompt"] for r in dpo.train} <= trained  # nothing more is held out
+        assert " held out for dpo.py and reward_model.py," in printed and f": {3 * n} rows read" in printed
+        if n == 60:  # a pair that is too long in this context, or identical, is on the same side as in any other
+            assert not {r["prompt"] for r in public.split_pairs(rows, seed=seed)[1]} & trained
+    # A smaller limit of dpo.py keeps fewer pairs, and none of them changes its side.
+    if n == 60:
+        args.max_tokens = 24
+        assert not {r["prompt"] for r in lessons.preferences(args, tok, room).held_out} & trained
+
+
+def test_sft_has_what_dpo_trains_on_if_all_usable_prompts_would_be_held_out(tok, write):
+    """Both usable prompts are below the limit of the split, and the others cannot be used by dpo.py."""
+    usable = [pair(0) | {"prompt": f"prompt {i}"} for i in (1, 9)]
+    blank = [pair(0) | {"prompt": f"prompt {i}", "rejected": " "} for i in range(20) if i not in (1, 9)]
+    file = options(write(usable + blank))
+    dpo = lessons.preferences(file, tok, 128)
+    assert all(row in public.split_pairs(usable + blank)[1] for row in usable)
+    trained = [row["prompt"] for row in lessons.demonstrations(file, tok, 128, None).train]
+    assert dpo.train[0]["prompt"] in trained and dpo.held_out[0]["prompt"] not in trained
+
+
+def test_one_prompt_cannot_be_split_and_is_trained_on(tok, write):
+    """dpo.py refuses such a file, so nothing is held out from it."""
+    assert len(lessons.demonstrations(options(write([pair(1), pair(1, 2)])), tok, 128, None).train) == 2
+    # Three prompts, of which one has a usable pair.
+    unusable = [pair(2) | {"chosen": " "}, pair(3) | {"prompt": ""}, pair(4) | {"rejected": ""}]
+    for seed in range(10):
+        found = lessons.demonstrations(options(write([pair(1), *unusable]), seed), tok, 128, None)
+        assert [row["prompt"] for row in found.train] == ["Leo has 1 eggs.", "Leo has 4 eggs."]
 
 
 # --- preferences ---

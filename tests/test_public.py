@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 import types
 from fractions import Fraction
@@ -11,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from data.public import HUB, clean_pairs, load_rows, model_solutions, say_counts, split_pairs
+from data import __main__ as look
+from data.public import (
+    HUB,
+    clean_demonstrations,
+    clean_pairs,
+    load_rows,
+    model_solutions,
+    say_counts,
+    split_pairs,
+)
 
 REAL = os.environ.get("REAL_DATA_DIR")
 real = pytest.mark.skipif(not REAL, reason="REAL_DATA_DIR names no folder with the public files")
@@ -113,6 +124,72 @@ def test_hh_dialogues_without_a_common_prompt(tmp_path):
     assert load_rows(write(tmp_path / "a.jsonl", record)) == [row("")]
 
 
+@pytest.mark.parametrize("ending", ["Yes.", "Yes.\n\nHuman: b\n\nAssistant: c", "a\nb"])
+def test_hh_dialogues_with_the_line_ends_of_windows(tmp_path, ending):
+    record = {
+        "chosen": f"\n\nHuman: a\n\nAssistant: b\n\nHuman: c\nd\n\nAssistant: {ending}",
+        "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\nd\n\nAssistant: No.",
+    }
+    expected = load_rows(write(tmp_path / "a.jsonl", record))
+    windows = {side: text.replace("\n", "\r\n") for side, text in record.items()}
+    assert load_rows(write(tmp_path / "a.jsonl", windows)) == expected
+    # One side may have passed through Windows, and the other not.
+    mixed = record | {"rejected": windows["rejected"]}
+    assert load_rows(write(tmp_path / "a.jsonl", mixed)) == expected
+
+
+def test_messages_without_content_are_no_pair(tmp_path):
+    """A message that only calls a tool has "content": null. The row is counted, and the others are read."""
+    good = {"chosen": messages("Hi", "Hello!"), "rejected": messages("Hi", "What?")}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}
+    left_out = {"role": "assistant", "tool_calls": [{"id": "c1"}]}
+    records = []
+    for turn in (call, left_out, {"role": "assistant", "content": None}):
+        dialogue = [*messages("Hi"), turn, {"role": "tool", "content": "3"}]
+        records.append({side: [*dialogue, *messages("3", first="a")] for side in ("chosen", "rejected")})
+        records.append(good | {"rejected": [*messages("Hi"), turn]})
+    rows = load_rows(write(tmp_path / "a.jsonl", good, *records))
+    assert rows == [row("Hi", "Hello!", "What?")] + [row("")] * 6
+    assert clean_pairs(rows, letters, 20)[1]["no pair"] == 6
+    in_prompt = {"prompt": [*messages("Hi"), call], "chosen": "Hello!", "rejected": "What?"}
+    assert load_rows(write(tmp_path / "a.jsonl", in_prompt)) == [row("")]
+    # Everything else of the wrong type is an error, beside a null too.
+    for turn in (
+        {"role": "assistant"},
+        {"role": "assistant", "content": 3},
+        {"role": "assistant", "content": []},
+        {"role": None, "content": None},
+        None,
+        "Hello!",
+    ):
+        for dialogue in ([turn], [call, turn]):
+            bad = good | {"chosen": [*messages("Hi"), *dialogue]}
+            with pytest.raises(ValueError, match="line 2: a message in 'chosen' is not"):
+                load_rows(write(tmp_path / "a.jsonl", good, bad))
+
+
+def test_half_a_character_is_replaced(tmp_path):
+    """JSON can hold half an emoji. UTF-8 cannot, so the tokenizer would fail on it."""
+    half, whole = '"a \\ud83d b"', '"\\uD83D\\uDE00"'  # whole: the two halves of one emoji
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        f'{{"prompt": {half}, "chosen": "\\uDC00", "rejected": {whole}}}\n'
+        f'{{"prompt": [{{"role": "user", "content": {half}}}], "chosen": "\\\\ud83d", "rejected": "x\\ud83d"}}\n'
+    )
+    rows = load_rows(path)
+    assert rows == [row("a \ufffd b", "\ufffd", "\U0001f600"), row("a \ufffd b", "\\ud83d", "x\ufffd")]
+    kept, counts = clean_pairs(rows, letters, 40)
+    assert counts["kept"] == 2
+    split_pairs([*kept, row("other", "c", "r")])
+    for columns in ('"question": "\\ud83d", "answer": "\\ud83d #### 4"', '"chosen": "a", "\\ud83d": 1'):
+        path.write_text(f"{{{columns}}}\n")
+        try:
+            text = repr(load_rows(path))
+        except ValueError as error:  # the name of a column is shown to the reader
+            text = str(error)
+        assert "\ufffd" in text and text.encode()
+
+
 def test_gsm8k(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
@@ -206,10 +283,19 @@ GOOD = json.dumps(PAIR).encode()
         (b"\n  \n", "holds no rows"),
         (GOOD + b"\n{'prompt': 1}", "line 2: not JSON"),
         (GOOD + b"\n\n" + GOOD[:-5], "line 3: not JSON"),
-        (GOOD + b"\n\xff\xfe", "line 2: not JSON"),
+        (GOOD + b"\n\xff\xfe", r"line 2: not JSON in UTF-8 \(byte 0xff at position 0\); save it as UTF-8"),
+        (GOOD + b'\n{"prompt": "caf\xe9"}', r"line 2: not JSON in UTF-8 \(byte 0xe9 at position 15\); save"),
+        (GOOD.decode().encode("utf-16"), r"a\.jsonl(\.gz)? is UTF-16; save it as UTF-8"),
+        (GOOD.decode().encode("utf-16-le"), "is UTF-16; save it"),
+        ("\ufeff\n".encode("utf-16-be") + GOOD.decode().encode("utf-16-be"), "is UTF-16; save it"),
+        (GOOD.decode().encode("utf-32"), "is UTF-32; save it as UTF-8"),
+        (GOOD.decode().encode("utf-32-be"), "is UTF-32; save it as UTF-8"),
+        (b"\0" * 4096, "line 1: not JSON"),  # as a crash can leave a file
         (GOOD + b"\n" + b"[" * 200000, "line 2: not JSON"),
         (GOOD + b'\n{"prompt": ' + b"9" * 9999 + b"}", "line 2: not JSON"),
-        (b"[" + GOOD + b"]", "line 1: list, not an object"),
+        (b"[" + GOOD + b"]", "line 1: this is a JSON array; write one object per line"),
+        (b"\n\xef\xbb\xbf [\n  " + GOOD + b"\n]", "line 2: this is a JSON array; write one object per line"),
+        (GOOD + b"\n[" + GOOD + b"]", "line 2: list, not an object"),
         (GOOD + b"\nnull", "line 2: NoneType, not an object"),
         (b"{}", r"line 1: unknown columns \(none\)"),
         (
@@ -387,8 +473,9 @@ def test_clean_pairs_against_brute_force():
     texts = [None, "", " ", "a", "bb", "ccc", "dddddd"]
     rows = [row(rng.choice(texts[1:]), rng.choice(texts), rng.choice(texts)) for _ in range(2000)]
     kept, counts = clean_pairs(rows, letters, 10)
-    assert sum(counts.values()) == len(rows) and counts["kept"] == len(kept)
-    assert all(n > 0 for n in counts.values())
+    reasons = [n for reason, n in counts.items() if reason != "contradict"]
+    assert sum(reasons) == len(rows) and counts["kept"] == len(kept)
+    assert all(n > 0 for n in reasons)
     good = []
     for r in rows:
         t = [r["prompt"], r["chosen"], r["rejected"]]
@@ -396,6 +483,112 @@ def test_clean_pairs_against_brute_force():
         if usable and max(len(t[0] + t[1]), len(t[0] + t[2])) <= 6:
             good.append(r)
     assert kept == good
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "cut"),
+    [
+        ("\n\nHuman: What is 2+2?\n\nAssistant:", "\n\nHuman: What is 2+2?\n\nAssistant: ", True),
+        ("What is 2+2?", "What is 2+2? ", True),
+        ("What is 2+2? ", "What is 2+2?\n", True),
+        ("Complete this sentence: inter", "Complete this sentence: inter", True),  # long
+        ("\u4eca\u65e5\u306e\u5929\u6c17\u306f" * 4, "\u4eca\u65e5\u306e\u5929\u6c17\u306f" * 4, True),
+        # Short texts that an answer can begin with by chance.
+        ("Hi", "Hi ", False),
+        ("Hi", "Hi\n", False),
+        ("Thank you!", "Thank you! ", False),
+        ("Good morning, Sam", "Good morning, Sam! ", False),
+        ("What is a", "What is an ", False),
+        ("", "", False),
+        (" ", " ", False),
+    ],
+)
+def test_a_prompt_that_is_repeated_in_both_answers_is_cut_off(capsys, prompt, before, cut):
+    published = row(prompt, before + "It is 4.", before + "Who knows.\nNot I.")
+    whole = dict(published)
+    expected = row(prompt, "It is 4.", "Who knows.\nNot I.") if cut else published
+    for clean in (clean_pairs, clean_demonstrations):
+        kept, counts = clean([published], letters, 999)
+        assert kept == ([expected] if prompt.strip() else [])
+        assert counts.get("prompt cut", 0) == cut and published == whole
+        say_counts("x", counts)
+        assert ("kept; the prompt was cut off both answers of 1\n" in capsys.readouterr().out) == cut
+        # One answer alone may quote the question.
+        one = published | {"rejected": "Who knows."}
+        assert clean([one], letters, 999)[0] == ([one] if prompt.strip() else [])
+
+
+def test_an_answer_that_is_only_the_prompt_is_empty():
+    rows = [row("What is 2 plus 2?", "What is 2 plus 2?", "What is 2 plus 2? 5")]
+    assert clean_pairs(rows, letters, 99) == (
+        [],
+        dict.fromkeys(("kept", "identical", "too long", "no pair"), 0) | {"empty": 1},
+    )
+
+
+def test_contradictions_are_counted_and_kept(capsys):
+    better, worse = row("q", "a", "b"), row("q", "b", "a")
+    for rows, expected in (
+        ([better, worse], 1),
+        ([worse, better, worse], 1),
+        ([better, worse] * 3, 3),
+        ([better, better], 0),
+        ([better, row("p", "b", "a"), row("q", "b", "c"), row("q", "c", "a")], 0),  # other prompts, other answers
+        ([better, row("q", "b" * 99, "a" * 99), row("q", "a" * 99, "b" * 99)], 0),  # too long: not trained on
+    ):
+        kept, counts = clean_pairs(rows, letters, 20)
+        assert counts.get("contradict", 0) == expected
+        assert kept == [r for r in rows if len(r["chosen"]) < 99]
+        say_counts("x", counts)
+        assert (f"kept; {expected} contradict another pair\n" in capsys.readouterr().out) == bool(expected)
+
+
+def limited(limit):
+    def encode(text):
+        if len(text) > limit:
+            raise AssertionError(f"a text of {len(text)} characters reached the tokenizer")
+        return letters(text)
+
+    return encode
+
+
+def test_far_too_long_texts_are_not_encoded():
+    """tiktoken panics on some texts of a million characters."""
+    huge = "a" + " " * 10**6 + "b"
+    limit = 20 * 50 + 1000
+    rows = [row(huge, "y", "z"), row("Hi", huge, "z"), row("Hi", "y", huge), row("Hi", "y", "z" * (limit + 1))]
+    assert clean_pairs([*rows, row("Hi", "y", "z")], limited(limit), 50)[1] == {
+        "kept": 1, "identical": 0, "too long": 4, "empty": 0, "no pair": 0
+    }  # fmt: skip
+    assert clean_demonstrations([*rows, row("Hi", "y", "z")], limited(limit), 50)[1] == {
+        "kept": 3, "too long": 2, "empty": 0, "no answer": 0
+    }  # fmt: skip
+    # A tokenizer with very long tokens: a text up to the limit is measured.
+    assert clean_pairs([row("Hi", "y" * limit, "z")], lambda text: [0], 50)[1]["kept"] == 1
+    assert clean_pairs([row("Hi", "y" * (limit + 1), "z")], lambda text: [0], 50)[1]["kept"] == 0
+
+
+def test_clean_demonstrations_counts_every_row_once(capsys):
+    rows = [
+        row("Hi", "Hello"),
+        row("Hi", "Hello", "What?"),
+        row("Hi", "x" * 18),
+        row("Hi", "x" * 19),
+        row("x" * 19, "Hi", "y"),
+        row(" ", "Hello"),
+        row("Hi", "\n"),
+        row("Hi", ""),
+        row("Hi"),
+        row("", None),
+    ]
+    kept, counts = clean_demonstrations(rows, letters, 20)
+    assert kept == rows[:3] and kept[0] is rows[0]
+    assert counts == {"kept": 3, "too long": 2, "empty": 3, "no answer": 2}
+    say_counts("x", counts | {"held out": 4}, 20, "rows")
+    assert capsys.readouterr().out == (
+        "x: 14 rows read, 4 held out for dpo.py and reward_model.py, 2 without an answer, "
+        "3 with an empty text, 2 too long for 20 tokens, 3 kept\n"
+    )
 
 
 def test_say_counts(capsys):
@@ -443,7 +636,7 @@ def test_split_is_the_same_in_every_process_and_on_every_subset():
 
 
 def test_split_pairs_at_the_edges():
-    pair, other = row("a", "c", "r"), row("\ud83d", "c", "r")
+    pair, other = row("a", "c", "r"), row("\ufffd", "c", "r")
     assert split_pairs([pair, pair], 0) == ([pair, pair], [])
     assert sorted(map(len, split_pairs([pair, other, pair], 0.999))) == [1, 2]
     assert sorted(map(len, split_pairs([pair, other, pair], 1e-9))) == [1, 2]
@@ -494,6 +687,58 @@ def test_files_without_model_solutions_exit_with_one_line(tmp_path):
         with pytest.raises(SystemExit, match=message) as caught:
             model_solutions(path)
         assert str(path) in caught.value.code and "\n" not in caught.value.code
+
+
+# --- python -m data ---
+
+
+def test_look_at_a_file(tmp_path, monkeypatch, capsys):
+    """Pairs where a file has them, and otherwise its demonstrations."""
+
+    def show(*records):
+        path = write(tmp_path / "a.jsonl", *records)
+        monkeypatch.setattr(sys, "argv", ["data", str(path)])
+        look.main()
+        first, *rest = capsys.readouterr().out.removeprefix(f"{path}: ").splitlines()
+        return first, rest
+
+    problems = [{"question": f"{i} + 0?", "answer": f"{i}\n#### {i}"} for i in range(12)]
+    first, rest = show(*problems)
+    assert first == "12 rows read, 12 kept"
+    assert sum(line.startswith("==== row") for line in rest) == 10
+    at = rest.index("==== row 1, answer " + rest[1].rpartition(" ")[2])
+    number = rest[at].rpartition(" ")[2]
+    assert rest[at + 1 : at + 6] == [
+        "  prompt:",
+        f"    {number} + 0?",
+        "  chosen:",
+        f"    {number}",
+        f"    #### {number}",
+    ]
+    assert not any("rejected" in line for line in rest)
+
+    first, rest = show(*[PAIR | {"prompt": str(i)} for i in range(3)])
+    assert first == "3 pairs read, 3 kept"
+    assert [line for line in rest if line.endswith(":") or "====" in line] == [
+        line for i in (1, 2, 3) for line in (f"==== pair {i}", "  prompt:", "  chosen:", "  rejected:")
+    ]
+    # Pairs of which none is left are still pairs.
+    assert show(PAIR | {"rejected": ""}) == ("1 pairs read, 1 with an empty text, 0 kept", [])
+    assert show(PAIR | {"chosen": "What?"}) == ("1 pairs read, 1 identical, 0 kept", [])
+    # A file without any answer has none to show.
+    no_content = messages("Hi") + [{"role": "assistant", "content": None}]
+    assert show({"chosen": no_content, "rejected": no_content}) == ("1 pairs read, 1 without a pair, 0 kept", [])
+
+
+def test_look_at_a_file_on_a_terminal_that_cannot_show_it(tmp_path):
+    path = write(tmp_path / "a.jsonl", PAIR | {"prompt": "\U0001f600"})
+    done = subprocess.run(
+        [sys.executable, "-m", "data", str(path)],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"    ?" in done.stdout and not done.stderr
 
 
 # --- the real files ---

@@ -113,6 +113,26 @@ def test_killed_and_resumed(start, long, tmp_path, script, seed):
     same_bytes(whole, folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script, points", [("gpt", 7), ("dpo", 7), ("grpo", 6)])
+def test_killed_at_random_points(start, long, tmp_path, script, points):
+    """20 kills in all, at any step, also while a checkpoint is written and while the checkpoint is loaded."""
+    flags, whole = long(script)
+    rng, last = random.Random(f"points {script}"), len((whole.path / "metrics.jsonl").read_bytes().splitlines())
+    moments = sorted(rng.randrange(last - 2) for _ in range(points))
+    for number, moment in enumerate(moments):
+        job = start(tmp_path, script, *flags, *(["--resume"] if number else []))
+        if number:  # what an earlier process has logged does not count
+            job.until(lambda job=job: re.search(r"nothing to resume|resuming at step \d+", job.out))
+        job.until(lambda moment=moment: lines_logged(tmp_path) >= moment)
+        time.sleep(rng.random() * 0.01)
+        job.send(signal.SIGKILL)
+        assert job.wait().code == -signal.SIGKILL, f"{script} ended before it was killed at line {moment}"
+    job = start(tmp_path, script, *flags, "--resume").wait()
+    assert job.code == 0, job.err
+    same_bytes(whole, *folders(tmp_path))
+
+
 @pytest.mark.parametrize("script", SOME)
 def test_interrupted_and_resumed(start, server, long, tmp_path, script):
     flags, whole = long(script)
@@ -240,6 +260,29 @@ def test_another_model(start, chat, long, tmp_path):
     kill_after_checkpoint(start, tmp_path, "dpo", [*long("dpo")[0], "--load", one])
     job = start(tmp_path, "dpo", *long("dpo")[0], "--load", other, "--resume").wait()
     refused(job, "--load differs", "Delete the folder")
+
+
+# --- two processes, one run ---
+
+
+@pytest.mark.parametrize("lines", [5, 30], ids=["before the first checkpoint", "after it"])
+def test_the_second_process_is_refused(start, long, tmp_path, lines):
+    """It touches nothing, with --resume or without. After the first one was killed, the run is free again."""
+    flags, whole = long("dpo")
+    first = start(tmp_path, "dpo", *flags)
+    assert first.until(lambda: lines_logged(tmp_path) >= lines)
+    first.send(signal.SIGSTOP)
+    try:
+        for more in ([], ["--resume"]):
+            refused(start(tmp_path, "dpo", *flags, *more).wait(), "runs/dpo-", "is in use: another process")
+    finally:
+        first.send(signal.SIGKILL if lines == 5 else signal.SIGCONT)
+    first.wait()
+    if lines == 5:
+        assert first.code == -signal.SIGKILL
+        first = start(tmp_path, "dpo", *flags).wait()
+    assert first.code == 0, first.err
+    same_bytes(whole, *folders(tmp_path))
 
 
 # --- what is not lost ---

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +71,37 @@ def test_folders():
     assert runs.Run(parse("gpt")).folder.name == "base"
 
 
+LONG = "/数据/" + "很长的文件夹名" * 20 + "/" + "ファイル" * 50
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [LONG + "一", LONG + "二", LONG.replace("数", "敷"), "一", "二"],
+        ["a:b", "a*b", "a_b", "a?b", 'a"b', "a|b", "a<b", "a b", "a b.", "a\\b", "é", "e\u0301", "a\nb", "\udcff"],
+        ["m" * 41, "n" + "m" * 40, "a" + "m" * 500, "b" + "m" * 500],
+    ],
+    ids=["not Latin", "hostile", "long"],
+)
+def test_folder_names_are_short_and_safe(values, tmp_path, monkeypatch):
+    """On every file system: few bytes, no characters that Windows refuses, and other values have other folders."""
+    monkeypatch.chdir(tmp_path)
+    names = [runs.Run(parse("dpo", *flags.split(), value)).folder.name for value in values for flags in
+             ("--load", "--break flip_labels --data x --base y --lr 0.001 --load")]  # fmt: skip
+    names += [runs.Run(parse("dpo", "--load", v, "--data", v, "--base", v, "--seed", "3")).folder.name for v in values]
+    for name in names:
+        assert re.fullmatch("[A-Za-z0-9_=-]+", name) and len(name) <= 150 and name.startswith("dpo-"), name
+        Path(name).mkdir()  # fails if it exists
+    assert sum(name.startswith("dpo-flip_labels-") for name in names) == len(values)
+
+
+def test_a_flag_after_the_150th_character_still_counts():
+    flags = [word for name in ("load", "data", "base") for word in (f"--{name}", name * 20)]
+    flags += "--beta 0.25 --noise 0.2 --nll 0.5 --steps 1000 --batch 16 --max_tokens 256".split()
+    names = [runs.Run(parse("dpo", *flags, "--seed", seed)).folder.name for seed in ("1", "2")]
+    assert names[0] != names[1] and all(len(name) == 150 for name in names)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -103,6 +136,13 @@ def run(tmp_path, monkeypatch):
     run.bar = SimpleNamespace(set_postfix=lambda *a, **k: None)
     run.show = ()
     return run
+
+
+def saved(run):
+    """A run's model, as far as this file looks at it: two files."""
+    (run.folder / "model").mkdir(parents=True, exist_ok=True)
+    for name in runs.MODEL:
+        (run.folder / "model" / name).write_text("{}")
 
 
 def test_log_and_mean(run):
@@ -146,6 +186,7 @@ def test_a_run_is_reused_only_if_nothing_has_changed(run, monkeypatch):
     assert not run.finished()
     model = run.folder / "model.safetensors"
     model.write_text("weights")
+    saved(run)
     run.write_report({"config": run.config, "models": {str(model): runs.checksum(model)}})
     made = []
 
@@ -205,7 +246,7 @@ def test_made_by_hands_on_seed_and_dtype(run, monkeypatch, capsys):
     assert argv[:6] == ["--beta", "0", "--seed", "3", "--dtype", "bfloat16"]
     folder = runs.Run(parse("grpo", *argv)).folder
     assert where == str(folder / "model")
-    folder.mkdir(parents=True)
+    saved(runs.Run(parse("grpo", *argv)))
     (folder / "report.json").write_text(json.dumps({"config": runs.Run(parse("grpo", *argv)).config, "models": {}}))
     assert runs.made_by("grpo", args, "a minute", ["--beta", "0"]) == where and len(made) == 1
     # ... unless a model that it was made from has changed.
@@ -215,13 +256,28 @@ def test_made_by_hands_on_seed_and_dtype(run, monkeypatch, capsys):
     assert runs.made_by("grpo", args, "a minute", ["--beta", "0"]) == where and len(made) == 2
 
 
+@pytest.mark.parametrize("name", runs.MODEL)
+def test_made_by_makes_a_run_again_that_has_lost_its_model(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, made = runs.Run(parse("grpo")), []
+    monkeypatch.setattr(grpo, "main", made.append)
+    saved(run)
+    run.write_report({"config": run.config, "models": {}})
+    runs.made_by("grpo", parse("ppo"), "a minute")
+    assert run.finished() and not made
+    (run.folder / "model" / name).unlink()
+    runs.made_by("grpo", parse("ppo"), "a minute")
+    # main() with --resume would take a finished run from disk.
+    assert len(made) == 1 and "runs/grpo is missing or incomplete" in capsys.readouterr().out and not run.finished()
+
+
 def test_a_run_is_not_reused_after_its_data_has_changed(tmp_path, monkeypatch):
     """Only the content counts: the same bytes under the same path are the same data."""
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "pairs.jsonl"
     data.write_text("one")
     first = runs.Run(parse("dpo", "--data", str(data)))
-    first.folder.mkdir(parents=True)
+    saved(first)
     first.write_report({"config": first.config, "models": {}})
     assert first.finished()
     data.write_text("two")
@@ -254,3 +310,206 @@ def test_errors_of_the_machine_are_one_line(error, words, capsys):
 
     with pytest.raises(SystemExit, match=words):
         runs.run_once(train, parse("dpo"), reuse=False)
+
+
+# --- the file system ---
+
+
+class Little(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def save(self, folder):
+        folder.mkdir(exist_ok=True)
+        for name in runs.MODEL:
+            runs.write_atomically(folder / name, lambda path: path.write_text("{}"))
+
+
+@pytest.fixture
+def little(tmp_path, monkeypatch):
+    """little(*flags, at): a run of six updates with a checkpoint before each, in an empty folder. `at` maps a step to
+    what happens there. Returns the run, or the message with which it exits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "READ", {})
+    alive = []  # the garbage collector would release the lock of a run that is not used any more
+
+    def train(args, at):
+        model, run = Little(), runs.Run(args)
+        alive.append(run)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for step in run.steps(6, model, optimizer, save_every=1):
+            at.get(step, lambda: None)()
+            if step == 6:
+                break
+            model(torch.ones(2)).sum().backward()
+            optimizer.step()
+            run.samples(step, [("prompt", "output")], show=0)
+            run.log(step, loss=0.0)
+        return run.finish(model)
+
+    def little(*flags, at=None):
+        try:
+            return runs.run_once(lambda args: train(args, at or {}), parse("dpo", *flags), reuse="--resume" in flags)
+        except SystemExit as error:
+            return str(error.code)
+
+    return little
+
+
+def stop():
+    raise SystemExit("stopped")
+
+
+RUN = Path("runs/dpo")
+
+
+def is_whole():
+    assert [m["step"] for m in runs.Run(parse("dpo")).metrics] == list(range(6))
+    assert json.loads((RUN / "config.json").read_text()) == json.loads((RUN / "report.json").read_text())["config"]
+    assert {path.name for path in RUN.iterdir()} == {*"config.json metrics.jsonl samples.md model report.json".split()}
+    assert [path.name for path in Path("runs").iterdir() if path.name[0] != "."] == ["dpo"]
+
+
+FULL = Path("/dev/full")  # writing into it fails as on a full disk
+needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+
+
+def fill(name):
+    """The disk is full when this file is written."""
+    path = RUN / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(FULL)
+
+
+@needs_dev_full
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.md"])
+def test_full_disk_while_logging(little, name):
+    assert little(at={4: stop}) == "stopped"
+    kept = {n: (RUN / n).read_bytes() for n in ("metrics.jsonl", "samples.md")}
+    message = little("--resume", at={4: lambda: fill(name)})
+    assert message.startswith(f"runs/dpo/{name}: No space left on device") and "--resume" in message
+    (RUN / name).unlink()
+    (RUN / name).write_bytes(kept[name] + b"half a li")
+    little("--resume")
+    is_whole()
+
+
+@needs_dev_full
+@pytest.mark.parametrize("step, name", [(0, "resume.safetensors"), (6, "model/config.json"), (6, "report.json")])
+def test_full_disk_while_saving(little, monkeypatch, step, name):
+    """The earlier finished run is still there, and half a file does not stay."""
+    little()
+    before = (RUN / "report.json").read_text()
+
+    def no_space(path):
+        if path == RUN / name:
+            FULL.write_text("x")
+
+    write = runs.write_atomically
+    monkeypatch.setattr(runs, "write_atomically", lambda path, w: write(path, lambda p: (w(p), no_space(path))))
+    message = little()
+    assert message.startswith(f"runs/dpo/{name}: No space left on device") and "--resume" in message
+    assert Path("runs/dpo.old/report.json").read_text() == before and not list(RUN.rglob("*.tmp"))
+    monkeypatch.setattr(runs, "write_atomically", write)
+    little("--resume")
+    is_whole()
+
+
+def test_safetensors_on_a_full_disk(tmp_path):
+    """Its errors are not OSErrors, and do not name the file."""
+
+    def fails(path):
+        path.write_text("half")
+        raise runs.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        runs.write_atomically(tmp_path / "model.safetensors", fails)
+    assert error.value.errno == 28 and error.value.filename == str(tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_read_only_runs(little, monkeypatch, error):
+    little()
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+
+    def refuse(path, *args, **kwargs):
+        raise type(error)(error.errno, error.strerror, str(path))
+
+    for name in ("mkdir", "rename", "touch"):
+        monkeypatch.setattr(Path, name, refuse)
+    message = little()
+    assert message.startswith("runs/") and error.strerror in message and "another folder" in message
+    assert before == {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+
+
+def test_runs_is_a_file(little):
+    Path("runs").write_text("mine")
+    message = little()
+    assert message.startswith("runs") and "Move away" in message and Path("runs").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.md"])
+@pytest.mark.parametrize("damage, words", [(Path.unlink, "is missing"), (lambda p: os.truncate(p, 9), "its end")])
+def test_resume_without_the_log(little, name, damage, words):
+    little(at={4: stop})
+    damage(RUN / name)
+    message = little("--resume")
+    assert message.startswith(f"runs/dpo/{name} ") and words in message and "elete the folder runs/dpo" in message
+    assert (RUN / "resume.safetensors").is_file()
+
+
+@pytest.mark.parametrize("damage, words", [(Path.unlink, "is missing"), (lambda p: os.truncate(p, 9), "is damaged")])
+def test_a_finished_run_without_its_log(little, damage, words):
+    damage(little().folder / "metrics.jsonl")
+    with pytest.raises(SystemExit, match=f"runs/dpo/metrics.jsonl {words}.*elete the folder"):
+        runs.Run(parse("dpo")).metrics  # noqa: B018
+
+
+def test_half_a_config(little):
+    """Of an interrupted and of a finished run it is not needed. Otherwise, nobody knows whose run it is."""
+    little(at={4: stop})
+    (RUN / "config.json").write_text('{"load": nu')
+    little("--resume")
+    is_whole()
+    (RUN / "config.json").write_text('{"load": nu')
+    little()
+    is_whole()
+    (RUN / "report.json").unlink()
+    (RUN / "config.json").write_text('{"load": nu')
+    message = little()
+    assert message.startswith("runs/dpo/config.json is damaged") and "delete the folder runs/dpo" in message
+
+
+def test_a_checkpoint_of_something_else(little):
+    little(at={4: stop})
+    runs.save_file({"w": torch.zeros(1)}, RUN / "resume.safetensors")
+    message = little("--resume")
+    assert message.startswith("runs/dpo/resume.safetensors is damaged") and "Delete the folder" in message
+
+
+# --- one process per run ---
+
+
+def test_the_lock_is_held_until_the_results_are_written(little, monkeypatch):
+    """And not longer: the process may go on with other runs."""
+    second = []
+    assert little(at={s: lambda: second.append(little("--resume")) for s in (0, 3, 6)}).report
+    write_report = runs.Run.write_report
+    monkeypatch.setattr(runs.Run, "write_report", lambda *a: (second.append(little()), write_report(*a)))
+    little()
+    assert len(second) == 4
+    for message in second:
+        assert message.startswith("runs/dpo is in use") and "\n" not in message
+    is_whole()
+    assert little(at={3: stop}) == "stopped" and little("--resume").report
+
+
+def test_a_file_system_without_locks(little, monkeypatch):
+    import filelock
+
+    def acquire(*args, **kwargs):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    assert little().report

@@ -10,6 +10,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -530,6 +532,121 @@ def test_missing_tool_model_is_made(chain, tmp_path):
     assert {folder.name for folder in folders(tmp_path)} == {"base", "tools", "tools-rl=2"}
     out = chain("tools", "--break", "tool_overuse", "--rl", "2")
     assert not missing(out) and "The cure to try" in out
+
+
+def test_a_base_model_that_lost_its_weights_is_made_again(chain, tmp_path):
+    weights = tmp_path / "runs" / "base" / "model" / "model.safetensors"
+    chain("sft")
+    for resume in ([], ["--resume"]):
+        before = weights.read_bytes()
+        weights.unlink()
+        assert missing(chain("sft", "--lr", "1e-3", *resume)) == ["runs/base"]
+        assert weights.read_bytes() == before
+
+
+# --- the system that they run on ---
+
+# One process for several scripts: torch is imported once.
+SEVERAL = """
+import json, locale, runpy, sys, warnings
+print("encoding", locale.getpreferredencoding(False), sys.stdout.encoding)
+# In our own files, a text file without encoding= is an error.
+ours = r"(__main__|gpt|sft|dpo|data\\..*)$"
+warnings.filterwarnings("error", category=EncodingWarning, module=ours)
+for sys.argv in json.loads(sys.argv[1]):
+    sys.path[0] = sys.argv[0].rsplit("/", 1)[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_cp1252_locale(tmp_path):
+    """Windows' default encoding. The samples of an untrained model contain characters that it does not have."""
+    locales = tmp_path / "locales"
+    locales.mkdir()
+    command = ["localedef", "-i", "en_US", "-f", "CP1252", str(locales / "en_US.CP1252")]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("this system has no localedef")
+    if not (locales / "en_US.CP1252").exists():
+        pytest.skip(f"localedef cannot make the locale: {made.stderr[-200:]}")
+    env = os.environ | {"LOCPATH": str(locales), "LC_ALL": "en_US.CP1252", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
+    env = {name: value for name, value in env.items() if name != "PYTHONIOENCODING"} | {"CUDA_VISIBLE_DEVICES": ""}
+    (pairs := tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i} 个鸡蛋?", "chosen": "🥚" * i, "rejected": "не"}, ensure_ascii=False) + "\n"
+                for i in range(9)), encoding="utf-8")  # fmt: skip
+    base = "runs/base-n_layer=1-n_embd=32-steps=20-batch=2-length=16"
+    argvs = [["gpt", *TINY["gpt"].split()],
+             ["sft", *TINY["sft"].split(), "--load", base],
+             ["dpo", *TINY["dpo"].split(), "--load", base],
+             ["dpo", *TINY["dpo"].split(), "--load", base, "--data", str(pairs), "--batch", "2"]]  # fmt: skip
+    argvs = [[str(REPO / f"{script}.py"), *flags, "--device", "cpu"] for script, *flags in argvs]
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", SEVERAL, json.dumps(argvs)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode("cp1252", "replace")[-3000:]
+    assert re.match(r"encoding cp1252 cp1252", done.stdout.decode("cp1252"), re.I)
+    found = folders(tmp_path)
+    assert len(found) == 4
+    for folder in found:
+        for path in folder.path.rglob("*.*"):
+            if path.suffix in (".json", ".jsonl", ".md"):
+                path.read_bytes().decode("utf-8")
+    assert any("\ufffd" in folder.path.joinpath("samples.md").read_text("utf-8") for folder in found)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-u {gpt} {flags} | head -1",
+        "-u {gpt} {flags} 2>&1 | head -1",
+        "-u {gpt} --load {base} | true",  # fails in print(), outside of a run
+        "{gpt} --load {base} | true",  # fails when the buffer is written, at the end
+    ],
+)
+def test_output_into_head(command, base, tmp_path):
+    """A pipe that is closed after one line, or at once: no traceback, and a run that was stopped says so."""
+    flags = TINY["gpt"] + " --steps 100 --device cpu"
+    paths = {"gpt": shlex.quote(str(REPO / "gpt.py")), "base": shlex.quote(str(base.model))}
+    command = f"{shlex.quote(sys.executable)} {command.format(flags=flags, **paths)}"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.count("\n") == ("head" in command)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
+    if command.endswith("--device cpu | head -1"):
+        assert "The output was closed" in done.stderr.splitlines()[-1]
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+sys.path.insert(0, {repo!r})
+import gpt
+gpt.main()
+"""
+
+
+def test_full_disk(start, run, tmp_path):
+    """No file may grow beyond 60 kB: the logs are written, checkpoint and model are not. A limit is not a full disk,
+    but the system's answer to each writer is the same kind of error. The earlier model is still there."""
+    flags = [*TINY["gpt"].split(), "--steps", "60"]
+    run(tmp_path, "gpt", *flags)
+    (folder,) = folders(tmp_path)
+    weights = folder.weights.read_bytes()
+    assert len(weights) > 60_000
+    (tmp_path / "full.py").write_text(FULL_DISK.format(size=60_000, repo=str(REPO)))
+    job = start(tmp_path, "full", *flags, repo=tmp_path).wait()
+    refused(job, f"runs/{folder.name}/resume.safetensors: File too large", "Make room")
+    old = folder.path.with_name(folder.name + ".old")
+    assert gpt.load_model(str(old)) and (old / "model" / "model.safetensors").read_bytes() == weights
+    assert not list(folder.path.glob("*resume*")) and not list(folder.path.glob("*.tmp"))
+    run(tmp_path, "gpt", *flags, "--resume")
+    assert folder.weights.read_bytes() == weights and not old.exists()
+
+
+def test_runs_is_a_file(start, tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    refused(start(tmp_path, "gpt", *TINY["gpt"].split()).wait(), "runs", "Move away")
+    assert (tmp_path / "runs").read_text() == "mine"
 
 
 # --- wrong input ---
