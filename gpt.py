@@ -35,10 +35,9 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from data import lessons, make_vocab, report, runs, task
+from data import checkpoints, lessons, make_vocab, report, runs, task
 from data.checker import is_correct
 from data.runs import rng
 
@@ -603,18 +602,15 @@ def load_model(where, device="cpu", bfloat16=False, scorer=False):
     scorer=True accepts a reward model too, and returns its transformer. GPT-2's vocabulary has 50257 tokens; four
     rows are added for the chat tokens. If nothing can be loaded, exits with one line that says why.
     """
-    config_path, weights_path = runs.model_files(where)
+    c, loaded = checkpoints.read(where)
+    if "score.weight" in loaded and not scorer:
+        sys.exit(f"{where} is a reward model or a verifier: it gives scores and cannot generate text")
     try:
-        c = json.loads(config_path.read_text(encoding="utf-8"))
         config = GPTConfig(
             vocab_size=c["vocab_size"], block_size=c["n_positions"], n_layer=c["n_layer"],
             n_head=c["n_head"], n_embd=c["n_embd"], tokenizer=c.get("tokenizer", "gpt2"),
             chat=c.get("chat", False),
         )  # fmt: skip
-        loaded = load_file(weights_path)
-        runs.refuse_unsupported(where, c, loaded)
-        if "score.weight" in loaded and not scorer:
-            sys.exit(f"{where} is a reward model or a verifier: it gives scores and cannot generate text")
         model = GPT(config)
         weights = {}
         for name in model.state_dict():
@@ -622,10 +618,8 @@ def load_model(where, device="cpu", bfloat16=False, scorer=False):
             w = loaded["transformer." + name if "transformer." + name in loaded else name]
             weights[name] = w.t() if name.endswith(TRANSPOSED) else w
         model.load_state_dict(weights)
-        runs.READ[str(weights_path)] = runs.checksum(weights_path)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        cause = " ".join(str(error).split())[:200]
-        sys.exit(f"{where} is not a GPT-2 checkpoint that can be read: {type(error).__name__}: {cause}")
+    except checkpoints.ERRORS as error:
+        checkpoints.unreadable(where, error)
     if config.vocab_size == 50257:
         # The new rows are the mean of the old ones: their logits start at the average.
         extra = model.wte.weight.detach().mean(0, keepdim=True).repeat(len(Tokenizer.SPECIAL), 1)
@@ -638,14 +632,13 @@ def load_model(where, device="cpu", bfloat16=False, scorer=False):
 def load_scorer(where, device="cpu", bfloat16=False):
     """A reward model or verifier from the folder of a run or of a model. Exits if it is none."""
     scorer = Scorer(load_model(where, device, bfloat16, scorer=True)).to(device)
-    config_path, weights_path = runs.model_files(where)
-    weight = load_file(weights_path).get("score.weight")
+    config, weights = checkpoints.read(where)
+    weight = weights.get("score.weight")
     if weight is None:
         sys.exit(f"{where} is a language model and gives no scores. Make a reward model: reward_model.py")
     if weight.shape != scorer.score.weight.shape:
         sys.exit(f"{where} gives {len(weight)} scores per answer: a reward model gives one")
     scorer.load_state_dict({"score.weight": weight}, strict=False)
-    config = json.loads(config_path.read_text(encoding="utf-8"))
     scorer.mean, scorer.std = config.get("score_mean", 0.0), config.get("score_std", 1.0)
     return scorer
 

@@ -149,64 +149,12 @@ def file_name(text, full, limit, end=False):
 # Files
 
 
+MODEL_FILES = ("config.json", "model.safetensors")  # what a model's save() writes
 READ = {}  # {path: checksum} of the model files that this process has read: see Run.finished
 
 
 def checksum(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
-HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-MODEL = ("config.json", "model.safetensors")
-OTHERS = {
-    "adapter_config.json": "an adapter (LoRA) without its model",
-    "model.safetensors.index.json": "weights in several files",
-    "pytorch_model.bin": "a pickle file",
-}
-# Settings of GPT-2 checkpoints, with the values that gpt.GPT computes with; the first one is the default.
-SUPPORTED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-
-
-def model_files(where):
-    """Paths of config.json and model.safetensors: of a model's folder, of a run's folder, or of a hub name."""
-    if where in HUB and not Path(where).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return [Path(hf_hub_download(HUB[where], name)) for name in MODEL]
-        except Exception as error:  # a dozen kinds; all mean "no network, and not in the cache"
-            sys.exit(
-                f"{where} could not be downloaded ({type(error).__name__}). Give --load a folder with "
-                "config.json and model.safetensors, or train from scratch (see --help)."
-            )
-    folder = Path(where) / "model" if (Path(where) / "report.json").is_file() else Path(where)
-    for name, what in OTHERS.items():
-        if (folder / name).is_file() and not (folder / MODEL[1]).is_file():
-            sys.exit(f"{where} holds {name}, {what}, which is not supported: save it as one model.safetensors")
-    for name in MODEL:
-        if not (folder / name).is_file():
-            sys.exit(f"no model in {where}: {name} is missing. Known names: {', '.join(HUB)}")
-    return [folder / name for name in MODEL]
-
-
-def refuse_unsupported(where, config, weights):
-    """Exit if the checkpoint computes something else than gpt.GPT does. Ignoring a setting would give wrong logits."""
-    for name, supported in SUPPORTED.items():
-        if config.get(name, supported[0]) not in supported:
-            sys.exit(f"{where}: {name} {config[name]!r} is not supported, only {supported[0]!r}")
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        sys.exit(f"{where}: n_inner {config['n_inner']} is not supported, only four times n_embd")
-    embedding = weights.get("transformer.wte.weight", weights.get("wte.weight"))
-    if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"], embedding):
-        sys.exit(f"{where}: an output layer of its own (lm_head) is not supported, only the tied embedding")
 
 
 def write_atomically(path, write):
@@ -350,7 +298,7 @@ class Run:
         """True if this very run is on disk and its model is there: same flags and data, the models that it read are
         unchanged, and (unless code=False) the code is the same. So a policy is not reused after its reward model was
         trained again."""
-        if self.report is None or not all((self.folder / "model" / name).is_file() for name in MODEL):
+        if self.report is None or not all((self.folder / "model" / name).is_file() for name in MODEL_FILES):
             return False
         old, models = self.report["config"], self.report["models"].items()
         names = {*old, *self.config} - (set() if code else {"code"})
@@ -633,9 +581,8 @@ def made_by(script, args, minutes, flags=()):
         argv += ["--load", args.base]
     if script == "sft" and getattr(args, "data", None):
         argv += ["--data", args.data]
-        argv += (
-            [] if args.base else ["--batch", "8", "--steps", "40"]
-        )  # from random weights: enough for a demonstration
+        if not args.base:  # from random weights, a few steps are enough for a demonstration
+            argv += ["--batch", "8", "--steps", "40"]
     for name, default in (("seed", 0), ("dtype", "float32")):
         if getattr(args, name) != default:
             argv += [f"--{name}", str(getattr(args, name))]

@@ -773,8 +773,24 @@ def test_a_checkpoint_gives_the_same_logits_as_in_transformers_or_is_refused(tmp
         close(gpt.load_model(str(tmp_path))(ids), theirs(ids).logits, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_config.json"])
 def test_files_that_are_no_model_are_named(tmp_path, name):
     (tmp_path / name).write_text("{}")
     with pytest.raises(SystemExit, match=name):
         gpt.load_model(str(tmp_path))
+
+
+def test_weights_in_several_files(tmp_path):
+    """With an index, as transformers writes them. A missing part is named."""
+    theirs, ids = hugging_face(), random_ids(2, 8)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 1
+    close(gpt.load_model(str(tmp_path))(ids), theirs(ids).logits, 1e-4)
+    parts[0].unlink()
+    exits(gpt.load_model, str(tmp_path), match=parts[0].name)
+
+
+def test_a_vocabulary_with_ids_without_text_is_refused(tmp_path):
+    hugging_face(50258).save_pretrained(tmp_path)
+    exits(gpt.load_model, str(tmp_path), match="vocab_size 50258")

@@ -141,7 +141,7 @@ def run(tmp_path, monkeypatch):
 def saved(run):
     """A run's model, as far as this file looks at it: two files."""
     (run.folder / "model").mkdir(parents=True, exist_ok=True)
-    for name in runs.MODEL:
+    for name in runs.MODEL_FILES:
         (run.folder / "model" / name).write_text("{}")
 
 
@@ -256,7 +256,7 @@ def test_made_by_hands_on_seed_and_dtype(run, monkeypatch, capsys):
     assert runs.made_by("grpo", args, "a minute", ["--beta", "0"]) == where and len(made) == 2
 
 
-@pytest.mark.parametrize("name", runs.MODEL)
+@pytest.mark.parametrize("name", runs.MODEL_FILES)
 def test_made_by_makes_a_run_again_that_has_lost_its_model(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run, made = runs.Run(parse("grpo")), []
@@ -321,7 +321,7 @@ class Little(torch.nn.Linear):
 
     def save(self, folder):
         folder.mkdir(exist_ok=True)
-        for name in runs.MODEL:
+        for name in runs.MODEL_FILES:
             runs.write_atomically(folder / name, lambda path: path.write_text("{}"))
 
 

@@ -608,7 +608,7 @@ def test_output_into_head(command, base, tmp_path):
     flags = TINY["gpt"] + " --steps 100 --device cpu"
     paths = {"gpt": shlex.quote(str(REPO / "gpt.py")), "base": shlex.quote(str(base.model))}
     command = f"{shlex.quote(sys.executable)} {command.format(flags=flags, **paths)}"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.count("\n") == ("head" in command)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
