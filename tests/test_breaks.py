@@ -40,7 +40,6 @@ REPRODUCED = {
     ("grpo", "reward_hacking"): (broken("peak_reward") > broken("start_reward"),),
     # The logged reward is positive, the true score negative.
     ("ppo", "sign_flip"): (broken("batch_reward") > 0, broken("reward") < 0),
-    ("reasoning", "no_cot"): (),
     ("tools", "unsafe_eval"): (
         clean("code_passed_on") > 0.5, broken("accuracy_attacked") < clean("accuracy_attacked") - 0.3,
     ),
@@ -57,7 +56,13 @@ EITHER = {
     # Whether the model learns to compare hint and answer in 12000 pairs differs from seed to seed.
     ("reward_model", "sycophancy"): (broken("resists_a_hint") < clean("resists_a_hint") - 0.1,),
     ("reward_model", "distribution_shift"): (broken("policy_samples") < clean("policy_samples") - 0.1,),
-    ("ppo", "no_kl"): (broken("kl") > 1.5 * clean("kl"), broken("reward") > clean("reward") - 0.1),
+    # With PPO's small beta the clean run has hacked the reward too, and their rewards differ by chance.
+    ("ppo", "no_kl"): (broken("kl") > 1.5 * clean("kl"), broken("reward") > broken("start_reward") + 0.5),
+    # Whether the loss has converged within 5 % is a matter of the last digit; the collapse is not.
+    ("reasoning", "no_cot"): (
+        broken("one") < 0.5 * clean("one"), broken("vote") < 0.5 * clean("vote"),
+        broken("greedy") < 0.5 * clean("greedy"), broken("sft_loss") > 0.9 * broken("sft_loss_before"),
+    ),
     # Voting removes slips and keeps misconceptions; the verifier helps with both, unless it alone decides.
     ("reasoning", "overoptimize_verifier"): (
         broken("verifier_accuracy") > 0.75, broken("score") > broken("score_one"),
@@ -72,9 +77,10 @@ EITHER = {
         broken("valid") > 0.9, broken("wrong_results") > 0.5,
         broken("accuracy_sampled") < clean("accuracy_sampled") - 0.4,
     ),
+    # Since every seed learns to copy labels, the loss on results costs little. It does not help either.
     ("tools", "unmasked_result"): (
         broken("loss") > clean("loss") + 0.1, broken("wrong_results") < 0.001,
-        broken("accuracy_sampled") < clean("accuracy_sampled"),
+        broken("accuracy_sampled") < clean("accuracy_sampled") + 0.03,
     ),
 }  # fmt: skip
 
