@@ -279,7 +279,7 @@ def train(args):
     steps, longest = args.train_problems // args.batch, args.max_tokens
     if args.break_ in ("overoptimize_verifier", "self_correct"):
         # The clean run's verifier. The mistake is in how its scores are used, so nothing else may differ.
-        clean = runs.Run(argparse.Namespace(**{**vars(args), "break_": None}))
+        clean = runs.Run(runs.without_break(args))
         scorer, steps = gpt.load_scorer(str(clean.folder), args.device, args.dtype == "bfloat16"), 0
     run = runs.Run(args)
     # Problems to train on (drawn independently of the demonstrations'), to test the verifier on, and to answer in

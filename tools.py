@@ -246,7 +246,7 @@ def train(args):
     steps, longest = args.steps or max(1, args.demos // args.batch), args.max_tokens
     if args.break_ in ("unsafe_eval", "faulty_tool"):
         # Another tool and nothing else: the clean run's model, without further training.
-        where, steps = runs.Run(argparse.Namespace(**{**vars(args), "break_": None})).folder, 0
+        where, steps = runs.Run(runs.without_break(args)).folder, 0
     model = gpt.load_model(where, args.device, args.dtype == "bfloat16")
     tok = gpt.Tokenizer(model.config.tokenizer)
     run = runs.Run(args)

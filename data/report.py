@@ -4,8 +4,6 @@ Everything here is read from the runs' files (data/runs.py) and from the catalog
 not depend on the training code.
 """
 
-import argparse
-
 from data import breaks, runs
 
 
@@ -21,7 +19,7 @@ def train_and_compare(train, args):
             draw(run.folder / "figure.png", [run], FIGURES[args.script])
             print(f"Figure: {run.folder / 'figure.png'}")
         return run
-    clean = runs.run_once(train, argparse.Namespace(**{**vars(args), "break_": None}), reuse=True)
+    clean = runs.run_once(train, runs.without_break(args), reuse=True)
     broken = runs.run_once(train, args, reuse=args.resume)
     compare(clean, broken, breaks.entry(args.script, args.break_), embedded=not getattr(args, "data", None))
     return broken

@@ -504,6 +504,11 @@ class Run:
 # Running, reusing
 
 
+def without_break(args):
+    """The arguments of the clean run of a break."""
+    return argparse.Namespace(**{**vars(args), "break_": None})
+
+
 def run_once(train, args, reuse):
     """train(args). With reuse, the finished run of the same flags and the same code is taken from disk."""
     run = Run(args)
