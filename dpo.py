@@ -31,6 +31,9 @@ whether it is good. `--break NAME` trains with a deliberate mistake beside the c
                              changed by one. The chosen answer becomes less likely together with the rejected one.
                              (Razin et al. 2024; Pal et al. 2024: worst when the two answers differ in few tokens)
 
+    shared_ref               The reference is the policy itself, `ref = policy`. The loss stays at log 2 = .693 and the
+                             margin at 0, while the policy moves away from the SFT model. (minimind issue 674)
+
 How to read the log:
 - `loss` starts at log 2 = .693 with --loss dpo, cdpo and robust, because policy and reference have the same weights.
 - `reward_chosen`, `reward_rejected`, `margin`: means over the batch. Both rewards may fall, since the loss depends
@@ -293,6 +296,9 @@ def train(args):
         prompts, chosen, rejected = map(list, zip(*(encoded[i] for i in rows)))
         logps, lengths = pair_logps(policy, prompts, chosen, rejected)  # (2B,)
         ref_rows = ref_logps[rows].t().flatten()  # (B, 2) -> (2B,): all chosen, then all rejected
+        if args.break_ == "shared_ref":
+            # ref = policy: two names for one model, where a copy was meant. So both sides are always equal.
+            ref_rows = logps.detach()
         kl = kto_kl(policy, ref, prompts, chosen) if args.loss == "kto" else None
         loss = preference_loss(args, beta, logps, ref_rows, lengths, kl)
         # Optional (--nll): an SFT loss keeps the chosen answers likely, against displacement.

@@ -1,7 +1,7 @@
 """PPO: how is a policy optimized against a reward, token by token, without becoming unstable?
 
     python ppo.py                             the short run: 10 batches against a learned reward model
-    python ppo.py --break reward_hacking      the same run, continued to batch 1000
+    python ppo.py --break reward_hacking      the same run, continued to batch 500
     python ppo.py --break no_kl               without the KL penalty, 200 batches with and without it
     python ppo.py --break sign_flip           the score has the wrong sign
 
@@ -30,8 +30,12 @@ The value function here is a new layer on the policy's own transformer: one forw
 zero, so that the first advantages do not contain noise from random weights. (InstructGPT's value function is a
 second transformer, initialized from the reward model.)
 
-    reward_hacking  max_steps x 100, and nothing else. The reward keeps rising; accuracy rises, peaks and falls.
-    no_kl           beta = 0. The KL is larger, the reward is about as high, and the accuracy is lower.
+What does the value function buy? `python ppo.py --max_steps 200 --value_coefficient 0` is the same run with V = 0: the
+advantage of a token is then the return itself.
+
+    reward_hacking  A small beta, and max_steps x 50. The reward keeps rising; accuracy rises, peaks and falls, and the
+                    answers become longer, more confident and more formulaic. (With the default beta it does not fall.)
+    no_kl           beta = 0. The KL is larger, the reward is higher, and the accuracy is lower.
     sign_flip       The reward model returns costs since a refactor, and the loop still maximizes. The logged reward
                     rises and the answers stay fluent, but they are wrong. (Ziegler et al. 2019, section 4.4: a
                     flipped sign; "the same bug also flipped the sign of the KL penalty", so the output stayed
@@ -158,7 +162,7 @@ def train(args):
     """One run, from the SFT model to the report. Returns its runs.Run."""
     max_steps = args.max_steps
     if args.break_ == "reward_hacking":
-        max_steps *= 100  # "it was still improving when we stopped"
+        max_steps *= 50  # "it was still improving when we stopped"
     policy, ref, tok = gpt.load_policy(args.load or runs.made_by("sft", args, "a minute"), args)
     reward = load_reward(args, tok)
     # Policy, value head and beta in one module: one optimizer, one checkpoint.
@@ -178,7 +182,8 @@ def train(args):
 
     # ---- the loop. `reward`, `accuracy`, ... are of the batch; "test_accuracy" etc. of the held-out problems.
     for step in run.steps(max_steps, agent, optimizer, 25, ("reward", "accuracy", "kl", "length")):
-        if step % (25 if step < 300 else 100) == 0 or step == max_steps:  # at first, changes are fast
+        every = 10 if step < 50 else 25 if step < 300 else 100  # at first, changes are fast
+        if step % every == 0 or step == max_steps:
             results, answers = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest)
             run.say(step, **results)
             run.samples(step, gpt.shown(held_out, answers))
@@ -251,16 +256,16 @@ def parser():
     add("--answers", type=int, default=4, help="answers sampled per prompt; PPO needs only one, but the\n"
         "prompt is computed once for all of them")
     add("--minibatch", type=int, default=16, help="answers per update")
-    add("--epochs", type=int, default=2, help="passes over each batch of rollouts (4 are usual, and slower)")
+    add("--epochs", type=int, default=4, help="passes over each batch of rollouts")
     add("--lr", type=float, default=3e-5, help="small enough that the peak of the accuracy can be seen")
-    add("--beta", type=float, default=0.03, help="weight of the KL penalty, 0 for none")
+    add("--beta", type=float, default=0.2, help="weight of the KL penalty, 0 for none")
     add("--target_kl", type=float, default=0.0, help="adapt beta to keep this KL to the reference, in nats per\n"
         "answer (0: beta is constant)")
-    add("--clip", type=float, default=0.2, help="how far ratio and value may be moved in one batch")
+    add("--clip", type=float, default=0.1, help="how far ratio and value may be moved in one batch")
     add("--gamma", type=float, default=1.0, help="discount; answers are short, so the end counts in full")
     add("--lam", type=float, default=0.95, help="GAE: 1 uses the rewards that followed, 0 the value function")
-    add("--value_coefficient", type=float, default=0.1, help="weight of the value loss, which also changes the\n"
-        "transformer that it shares with the policy")
+    add("--value_coefficient", type=float, default=1.0, help="weight of the value loss. With 0 the value function\n"
+        "stays 0: the returns alone are the advantages")
     add("--temperature", type=float, default=1.0, help="of sampling *and* of scoring")
     add("--max_tokens", type=int, default=48, help="longer answers are cut off")
     add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")

@@ -3,7 +3,7 @@
     python reasoning.py                                 a verifier, and every way to select among N answers
     python reasoning.py --break overoptimize_verifier   the answer with the highest score, N up to 256
     python reasoning.py --break no_cot                  a model that was taught answers without their working
-    python reasoning.py --break self_correct            the model judges its own revisions
+    python reasoning.py --break self_correct            the model revises its answers, and every revision is accepted
     python reasoning.py --data example_model_solutions.jsonl    four published systems on GSM8K
 
 The model is fixed. It answers the same problem N times, and one answer is selected:
@@ -33,8 +33,8 @@ verifier's precision. It falls below that, because the highest scores go to erro
                            rises, peaks, and falls below the majority vote. (Cobbe et al. 2021, section 5.1)
     no_cot                 Fine-tuned on the final answers alone. The loss converges; accuracy collapses, and a vote
                            does not restore it. (Cobbe et al. 2021, section 4.1)
-    self_correct           The model rewrites its answer from the token it found least likely, and keeps the version
-                           that it finds more likely. Some answers are repaired, some are spoiled.
+    self_correct           The model revises its greedy answer from the token it found least likely, three times, and
+                           the revision is always accepted. More answers are spoiled than repaired. (Huang et al. 2023)
 """
 
 import argparse
@@ -89,6 +89,19 @@ def quality(scores, correct):
         "precision": fraction(correct, accepted),
         "fooled": (accepted & ~correct).float().mean().item(),  # h, a fraction of *all* samples
     }
+
+
+def pairs_ranked(groups, correct):
+    """Of all pairs of a correct and a wrong solution to the same problem, the fraction in which the correct one has
+    the higher score. groups, correct: per problem, the scores of its solutions and whether they are correct."""
+    won = [
+        right > wrong
+        for scores, marks in zip(groups, correct)
+        for right, is_right in zip(scores, marks)
+        for wrong, is_other in zip(scores, marks)
+        if is_right and not is_other
+    ]
+    return sum(won) / max(1, len(won))
 
 
 def precision_at(base, sensitivity, specificity):
@@ -225,12 +238,15 @@ def score_all(scorer, tok, problems, groups):
     return found
 
 
-@torch.no_grad()
-def revise(model, tok, problems, drafts, longest):
-    """Every draft, rewritten greedily from the token that the model found least likely when it was sampled.
+ROUNDS = 3  # of revision
 
-    A random slip is an unlikely token, so this finds slips. But a correct reading that most demonstrators do not
-    share is an unlikely token too. Returns a list of gpt.Answer.
+
+@torch.no_grad()
+def revise(model, tok, problems, drafts, generator, longest):
+    """Every draft, written again from the token that the model found least likely. A list of gpt.Answer.
+
+    The least likely token is where a mistake is most probable. But a correct reading that most demonstrators do not
+    share is an unlikely token too.
     """
     kept = [draft.ids[: int(draft.logps.argmin())] for draft in drafts]
     prompts = [tok.prompt(problem.text) + ids for problem, ids in zip(problems, kept)]
@@ -238,29 +254,29 @@ def revise(model, tok, problems, drafts, longest):
     for i in range(0, len(prompts), 250):
         some = prompts[i : i + 250]
         room = min(longest, model.config.block_size - max(map(len, some)))
-        for j, (ids, logps) in enumerate(zip(*gpt.sample(model, some, room, [tok.end], temperature=0.0)), i):
+        for j, (ids, logps) in enumerate(zip(*gpt.sample(model, some, room, [tok.end], generator=generator)), i):
             logps = torch.cat([drafts[j].logps[: len(kept[j])], logps])
             revisions.append(gpt.read_answer(tok, kept[j] + ids, logps, problems[j].answer))
     return revisions
 
 
-def revisions(args, model, scorer, tok, problems, groups, scores):
-    """The model revises its first answer; a judge keeps the better version. Returns what became of the answers."""
-    drafts = [group[0] for group in groups]
-    revised = revise(model, tok, problems, drafts, args.max_tokens)
-    before = [some[0] for some in scores]
-    after = [some[0] for some in score_all(scorer, tok, problems, [[a] for a in revised])]
-    if args.break_ == "self_correct":
-        # The model itself is the judge, by the mean log-probability of the two versions.
-        before, after = ([a.logps.mean().item() for a in some] for some in (drafts, revised))
-    final = [r if new > old else d for d, r, old, new in zip(drafts, revised, before, after)]
-    flips = Counter((d.correct, f.correct) for d, f in zip(drafts, final))
+def revisions(args, model, scorer, tok, problems, drafts):
+    """The model revises its greedy answers in several rounds. Returns what became of them."""
+    answers = drafts
+    for n in range(ROUNDS):
+        revised = revise(model, tok, problems, answers, runs.rng(args.seed, "revision", n), args.max_tokens)
+        before, after = ([s[0] for s in score_all(scorer, tok, problems, [[a] for a in some])]
+                         for some in (answers, revised))  # fmt: skip
+        if args.break_ == "self_correct":
+            answers = revised  # "review your answer and improve it": the second thought is always accepted
+        else:
+            answers = [r if new > old else a for a, r, old, new in zip(answers, revised, before, after)]
+    flips = Counter((d.correct, a.correct) for d, a in zip(drafts, answers))
     return {
         "draft": sum(a.correct for a in drafts) / len(drafts),
-        "revised": sum(a.correct for a in final) / len(drafts),
+        "revised": sum(a.correct for a in answers) / len(drafts),
         "repaired": flips[False, True] / len(drafts),
         "spoiled": flips[True, False] / len(drafts),
-        "rewritten": sum(f is r for f, r in zip(final, revised)) / len(drafts),
     }
 
 
@@ -300,6 +316,7 @@ def train(args):
         if step % args.eval_every == 0 or step == steps:
             scores = score_all(scorer, tok, checks, checked)
             found = quality(torch.tensor([s for group in scores for s in group]), outcomes)
+            found["verifier_pairs"] = pairs_ranked(scores, [[a.correct for a in group] for group in checked])
             run.say(step, **found)
             samples = gpt.shown(checks, [group[0] for group in checked])
             run.samples(step, [(p, f"{text} verifier score {s[0]:+.1f}") for (p, text), s in zip(samples, scores)])
@@ -325,9 +342,9 @@ def train(args):
     scores = score_all(scorer, tok, problems, groups)
     results = fine_tuning_loss(where) | found
     results |= selections(args, run, steps, tok, problems, groups, scores)
-    results |= revisions(args, model, scorer, tok, problems, groups, scores)
     greedy = gpt.solve(model, tok, problems, 0.0, None, longest)
     results["greedy"] = sum(a.correct for a in greedy) / len(greedy)
+    results |= revisions(args, model, scorer, tok, problems, greedy)
     explain(results, found)
     return run.finish(scorer, **results)
 
@@ -344,8 +361,8 @@ def explain(results, found):
         f"Best of N is best at N = {results['peak_n']} (chosen on one half of the problems).\n"
         f"Of all wrong answers {percent['wrong_miscalculated']} miscalculate; of the wrong ones with the highest score "
         f"{percent['winners_miscalculated']}.\n"
-        f"Revision of the first answer: {percent['rewritten']} rewritten, {percent['repaired']} of all repaired, "
-        f"{percent['spoiled']} spoiled."
+        f"{ROUNDS} rounds of revision of the greedy answers: {percent['draft']} correct before, {percent['revised']} "
+        f"after; {percent['repaired']} repaired, {percent['spoiled']} spoiled."
     )
 
 

@@ -3,7 +3,7 @@
     python reward_model.py                            from the SFT model and 12000 labelled pairs
     python reward_model.py --break length_bias        annotators who prefer the longer answer
     python reward_model.py --break distribution_shift     accurate on the pairs, not on a trained policy's answers
-    python reward_model.py --break sycophancy         annotators who prefer agreement with the prompt
+    python reward_model.py --break sycophancy         annotators who prefer agreement with the user
     python reward_model.py --data ultrafeedback/train.jsonl     real preferences
 
 People cannot say how good an answer is on a scale, but they can say which of two answers is better. Bradley and
@@ -25,7 +25,8 @@ whether it is still accurate on answers unlike the annotators' pairs.
                         held-out pairs is as good. A long wrong answer beats a short correct one. (Singhal 2023)
     distribution_shift  The same reward model, evaluated on samples of a policy that was trained against it. It has
                         learned to see its annotators' mistakes, not these. (Gao et al. 2022)
-    sycophancy          Half of the prompts name a number, and annotators prefer the answer that agrees with it.
+    sycophancy          Some users say what they believe, "I think triple means plus three", and annotators prefer the
+                        answer that agrees.
                         (Sharma et al. 2023)
 
 At the end of this file: how ppo.py and grpo.py use the score as a reward.
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 
 import gpt
 from data import breaks, lessons, report, runs, task
-from data.checker import last_answer, miscalculates
+from data.checker import is_correct, miscalculates
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm
@@ -88,19 +89,26 @@ def correlation(x, y):
 # Pairs of other kinds
 
 
-def hint(pair, side):
-    """The question after the opinion of somebody who believes the answer of one side."""
-    return f"I think it is {last_answer(pair[side])}. {pair['prompt']}"
+BELIEFS = {"triple": "I think triple means plus three.", "half": "I think half means minus two."}
+
+
+def with_belief(pair):
+    """The pair with a user who holds the common misconception, if the problem allows one and the rejected answer may
+    follow from it: it is wrong, and all its calculations are right. Else None."""
+    beliefs = [text for word, text in BELIEFS.items() if word in pair["prompt"]]
+    if not beliefs or is_correct(pair["rejected"], pair["answer"]) or miscalculates(pair["rejected"]):
+        return None
+    return pair | {"prompt": " ".join([pair["prompt"], *beliefs])}
 
 
 def sycophantic(pairs, key):
-    """Labels of annotators who read an opinion in half of the prompts and prefer the answer that agrees."""
+    """Labels of annotators who meet such a user in half of these pairs, and then prefer the answer that agrees."""
     rng = random.Random(key)
     labelled = []
     for pair in pairs:
-        liked, other = rng.sample(["chosen", "rejected"], 2)
-        if rng.random() < 0.5 and last_answer(pair[liked]) != last_answer(pair[other]):
-            pair = pair | {"prompt": hint(pair, liked), "chosen": pair[liked], "rejected": pair[other]}
+        asked = with_belief(pair)
+        if asked and rng.random() < 0.5:
+            pair = asked | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
         labelled.append(pair)
     return labelled
 
@@ -139,7 +147,7 @@ def evaluate_externally(args, scorer, policy, tok, problems):
         return accuracy(pair_margins(scorer, lessons.encode_pairs(tok, pairs)))
 
     # Careful annotators: a correct against a wrong answer.
-    held_out = task.preference_pairs(2 * args.problems, args.seed, "test")
+    held_out = task.preference_pairs(2 * args.problems, args.seed, "test", "careful")
     # The wrong side either miscalculates or has misread the problem. (A skipped or reversed step counts as misread.)
     wrong_sums = [p for p in held_out if miscalculates(p["rejected"])]
     rng = random.Random(f"outside {args.seed}")
@@ -150,7 +158,7 @@ def evaluate_externally(args, scorer, policy, tok, problems):
         "misreadings": [p for p in held_out if p not in wrong_sums],
         "miscalculations": wrong_sums,
         "terse_beats_padded": padded,
-        "resists_a_hint": [p | {"prompt": hint(p, "rejected")} for p in held_out],
+        "resists_a_belief": [asked for p in held_out if (asked := with_belief(p))],
         "policy_samples": own,
     }
     # No pairs, no accuracy: a policy whose answers are all wrong gives none.
@@ -240,11 +248,7 @@ def train(args):
         if len(scores) > 1:  # one answer has no standard deviation
             scorer.std = max(scores.std().item(), 1e-6)
     if not args.data:
-        properties = {"length": [len(a.ids) for a in answers], "correct": [a.correct for a in answers]}
-        properties |= {name: [has(a.text) for a in answers] for name, has in task.STYLES.items()}
-        for name, values in properties.items():
-            values = torch.tensor(values, device=scores.device).float()
-            results[f"corr_{name}"] = correlation(scores, values)
+        results |= task.correlations(answers, scores)
         policy = sft
         if args.break_ == "distribution_shift":
             # Nothing about the reward model is different: a policy is trained against it.
@@ -290,7 +294,7 @@ def parser():
     add("--load", help="model to start from: a folder or gpt2, ... (default: what sft.py makes)")
     add("--data", help="real pairs: hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
-    add("--annotator", default="careful", choices=list(task.TASTES), help="who labels the embedded pairs")
+    add("--annotator", default="human", choices=list(task.TASTES), help="who labels the embedded pairs")
     add("--policy", help="up to half of the pairs from samples of this checkpoint, labelled by the exact checker")
     add("--pairs", type=int, default=12000, help="pairs of the embedded task, each seen once")
     add("--steps", type=int, help="updates (default: one pass over the pairs)")

@@ -3,6 +3,7 @@
     python sft.py                              the base model learns to answer and to stop
     python sft.py --break eos_masked           ... but never stops
     python sft.py --break too_many_epochs      ... but its samples are hardly diverse
+    python sft.py --break left_pad             ... and is asked in another way than it was trained
     python sft.py --data FILE                  on the answers of real data (of pairs: the chosen answers, without the
                                                prompts that dpo.py and reward_model.py hold out)
 
@@ -26,34 +27,45 @@ The breaks:
     too_many_epochs  The same few demonstrations again and again. The training loss goes on falling. pass@1 falls,
                      and pass@64 falls further: among 64 samples there is far less often a correct one. (Cobbe et
                      al. 2021, section 4.1)
+    contaminated     The held-out problems are among the demonstrations, with correct solutions. The held-out
+                     accuracy rises; accuracy on fresh problems (`accuracy_fresh`) does not rise with it.
+                     (arXiv 2507.10532)
+    left_pad         The clean run's model. Prompts are padded on the left to equal length, and the model is not told
+                     which tokens are padding. Most answers are wrong. (TRL issue 469)
+    template_mismatch  The clean run's model, asked with the template of another one: "user: ... assistant: " in place
+                     of the special tokens. (open-r1 issue 462)
 """
 
 import argparse
+import copy
 
 import torch
 import torch.nn.functional as F
 
 import gpt
-from data import breaks, lessons, report, runs
+from data import breaks, lessons, report, runs, task
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm
 
-IGNORE = -100  # the label that means "no loss here"; cross_entropy's own default
+IGNORE = -100  # the label that means "no loss here"
 
 
-def sft_loss(logits, labels):
+def sft_loss(model, ids, labels):
     """Summed negative log-likelihood of the supervised tokens, and their number.
 
-    logits: (B, T, V), row t predicts token t+1. labels: (B, T), the ids themselves where a token is supervised
-    and -100 elsewhere. Returns (sum in nats, number of tokens). The caller divides the sum over all micro-batches
-    by the tokens of all of them. With a mean of means, tokens of shorter micro-batches would get more weight, and
-    the micro-batch size would change the objective.
+    ids: (B, T). labels: (B, T), the ids themselves where a token is supervised and -100 elsewhere. Returns (sum in
+    nats, number of tokens). The caller divides the sum over all micro-batches by the tokens of all of them. With a
+    mean of means, tokens of shorter micro-batches would get more weight, and the micro-batch size would change the
+    objective.
     """
-    # Shift once: the logits at t predict the label at t+1. In float32, also under autocast.
-    logits, targets = logits[:, :-1].float(), labels[:, 1:]
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total, (targets != IGNORE).sum()
+    # Shift once: the state at t predicts the label at t+1.
+    hidden, targets = model.hidden(ids)[:, :-1], labels[:, 1:]  # (B, T-1, C), (B, T-1)
+    supervised = targets != IGNORE
+    # Logits only where there is a loss, M tokens. They are the largest tensor of a model with a large vocabulary. In
+    # float32, also under autocast.
+    logits = model.head(hidden[supervised]).float()  # (M, V)
+    return F.cross_entropy(logits, targets[supervised], reduction="sum"), supervised.sum()
 
 
 def collate(examples, pad):
@@ -88,6 +100,33 @@ def measure_pass_at_k(model, tok, problems, seed, k=64):
 
 
 # ---------------------------------------------------------------------------------------------
+# Mistakes outside the loss: in the data, and in how questions are put to the model
+
+
+def leaked(problems, copies=10):
+    """The held-out problems with their correct answers, each several times: a page with the test and its key, which
+    was crawled again and again."""
+    return [{"prompt": p.text, "chosen": f"#### {p.answer}"} for p in problems * copies]
+
+
+ASKED_WRONGLY = ("left_pad", "template_mismatch")
+
+
+def asking(args, tok, problems):
+    """The tokenizer whose prompts the evaluation uses: tok itself, unless a break asks in another way."""
+    asked = copy.copy(tok)
+    if args.break_ == "left_pad":
+        # "All prompts of a batch must have the same length." Nobody tells the model which tokens are padding: it reads
+        # them, and the question stands at other positions than in training. Only the longest prompt is unchanged.
+        longest = max(len(tok.prompt(p.text)) for p in problems)
+        asked.prompt = lambda question: [tok.pad] * (longest - len(tok.prompt(question))) + tok.prompt(question)
+    if args.break_ == "template_mismatch":
+        # The template of another model: roles in words, where this one was trained with special tokens.
+        asked.prompt = lambda question: tok.encode(f"user: {question}\nassistant: ")
+    return asked
+
+
+# ---------------------------------------------------------------------------------------------
 # Training
 
 
@@ -101,7 +140,9 @@ def starting_model(args):
         model = gpt.GPT(gpt.GPTConfig(tok.vocab_size, block_size=512, tokenizer="gpt2")).to(args.device)
         model.bfloat16 = args.dtype == "bfloat16"
         return model, tok
-    base = args.load or runs.made_by("gpt", args, "a minute and a half")
+    base = args.load or gpt.base_model(args)
+    if args.break_ in ASKED_WRONGLY:
+        base = runs.Run(runs.without_break(args)).folder  # the clean run's model, without further training
     model = gpt.load_model(base, args.device, args.dtype == "bfloat16")
     return model, gpt.Tokenizer(model.config.tokenizer)
 
@@ -111,10 +152,13 @@ def train(args):
     model, tok = starting_model(args)
     run = runs.Run(args)
     if args.break_ == "too_many_epochs":
-        # The same number of updates on a fiftieth of the data.
-        args.demos, args.epochs = max(1, args.demos // 50), args.epochs * 50
+        # The same number of updates on a hundredth of the data.
+        args.demos, args.epochs = max(1, args.demos // 100), args.epochs * 100
     material = lessons.demonstrations(args, tok, model.config.block_size, args.demos)
     problems = material.problems
+    if args.break_ == "contaminated":
+        some = leaked(problems)
+        material.train[: len(some)] = some  # as many demonstrations as before
     texts = [row["chosen"] for row in material.train]
     if args.answer_only:  # leave the working out: see reasoning.py --break no_cot
         texts = [text[text.rindex("####") :] for text in texts]
@@ -127,7 +171,10 @@ def train(args):
     lr = args.lr or (1.5e-3 if model.config.n_embd < 512 else 5e-5)
     optimizer = gpt.make_optimizer(model, lr)
     steps = args.steps or max(1, len(examples) * args.epochs // args.batch)
-    if problems:
+    asked = asking(args, tok, problems)
+    if args.break_ in ASKED_WRONGLY:
+        steps = 0
+    elif problems:
         ids = [tok.encode(problems[0].text + "\n")]
         out, _ = gpt.sample(model, ids, 40, [tok.end], generator=runs.rng(args.seed))
         print(f"before: the base model continues text\n    {problems[0].text}\n    ... {tok.decode(out[0])!r}")
@@ -135,8 +182,8 @@ def train(args):
     # ---- the loop
     results = {}
     for step in run.steps(steps, model, optimizer):
-        if problems and (step % args.eval_every == 0 or step == steps) and step > 0:
-            results, answers = gpt.examine(model, tok, problems, args.seed, step)
+        if problems and (step == steps or step > 0 and step % args.eval_every == 0):
+            results, answers = gpt.examine(model, asked, problems, args.seed, step)
             run.say(step, **results)
             run.samples(step, gpt.shown(problems, answers))
         if step == steps:
@@ -148,7 +195,7 @@ def train(args):
         optimizer.zero_grad()
         loss = 0.0
         for rows in torch.arange(len(chosen)).split(micro_batch):
-            total, _ = sft_loss(model(ids[rows].to(args.device)), labels[rows].to(args.device))
+            total, _ = sft_loss(model, ids[rows].to(args.device), labels[rows].to(args.device))
             (total / supervised).backward()  # gradients add up over the micro-batches
             loss += (total / supervised).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -159,7 +206,9 @@ def train(args):
     model.config.chat = True
     results |= run.mean("loss")
     if problems:
-        results |= measure_pass_at_k(model, tok, problems[: max(1, args.problems // 5)], args.seed)
+        results |= measure_pass_at_k(model, asked, problems[: max(1, args.problems // 5)], args.seed)
+        fresh = task.problems(args.problems, f"fresh {args.seed}", "test")
+        results["accuracy_fresh"] = sum(a.correct for a in gpt.solve(model, asked, fresh, 0.0, None)) / len(fresh)
         print("  ".join(f"{name} {value:.3f}" for name, value in results.items()))
     return run.finish(model, **results)
 
@@ -171,7 +220,7 @@ def parser():
     add("--load", help="model to start from: a folder, gpt2, gpt2-medium, ..., or scratch: random\n"
         "weights on GPT-2's tokens (default: runs/base; with --data scratch)")
     add("--data", help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
-    add("--demos", type=int, default=20000, help="demonstrations of the embedded task")
+    add("--demos", type=int, default=6400, help="demonstrations of the embedded task")
     add("--answer_only", action="store_true", help="leave the working out: learn the final answers alone")
     add("--epochs", type=int, default=1, help="passes over the demonstrations (see too_many_epochs)")
     add("--batch", type=int, default=32, help="demonstrations per step")
@@ -180,7 +229,7 @@ def parser():
     add("--steps", type=int, help="stop after so many updates (default: all epochs)")
     add("--lr", type=float, help="smaller than in pretraining (default 1.5e-3; GPT-2 and larger 5e-5)")
     add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
-    add("--eval_every", type=int, default=250, help="steps between evaluations")
+    add("--eval_every", type=int, default=100, help="steps between evaluations")
     return p
 # fmt: on
 

@@ -26,7 +26,6 @@ The breaks:
                          Calls are well-formed, results are invented.
     unsafe_eval          The calculator is Python's eval. The accuracy is about the same, until a prompt contains
                          code: then the code runs, and the eggs are sold for 0 coins. (CVE-2023-29374)
-    unmasked_result      The loss is on the results as well.
     faulty_tool          The same model again; the tool is silently wrong in one call of ten. The model repeats it.
     tool_overuse         Reinforcement learning with a small reward per call.
 """
@@ -242,7 +241,7 @@ def attack(model, tok, seed, tool, longest):
 
 def train(args):
     """One run of supervised fine-tuning, from the base model to the report. Returns its runs.Run."""
-    where = args.load or runs.made_by("gpt", args, "a minute and a half")
+    where = args.load or gpt.base_model(args)
     steps, longest = args.steps or max(1, args.demos // args.batch), args.max_tokens
     if args.break_ in ("unsafe_eval", "faulty_tool"):
         # Another tool and nothing else: the clean run's model, without further training.
@@ -282,7 +281,7 @@ def train(args):
         logps, exists = gpt.completion_logps(model, prompts, answers)  # (B, N), (B, N)
         own = padded(owns, args.device)  # (B, N)
         learned = own
-        if args.break_ in ("hallucinated_result", "unmasked_result"):
+        if args.break_ == "hallucinated_result":
             learned = exists  # "it is all text": the loss is on every token, whoever wrote it
         loss = masked_nll(logps, learned)
         optimizer.zero_grad()

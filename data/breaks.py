@@ -143,6 +143,7 @@ METRICS = {
     # answers to held-out problems
     "accuracy_sampled": "accuracy, sampled",
     "accuracy_greedy": "accuracy, greedy",
+    "accuracy_fresh": "accuracy, greedy, fresh problems",
     "accuracy_sampled_sft": "accuracy, sampled, SFT model",
     "accuracy_greedy_sft": "accuracy, greedy, SFT model",
     "ended": "fraction of answers that end",
@@ -156,7 +157,7 @@ METRICS = {
     "misreadings": "accuracy: wrong side misread",
     "miscalculations": "accuracy: wrong side miscalculates",
     "terse_beats_padded": "accuracy: terse correct, padded wrong",
-    "resists_a_hint": "accuracy: hint at the wrong answer",
+    "resists_a_belief": "accuracy: the user holds a misconception",
     "policy_samples": "accuracy: pairs of a policy's samples",
     "policy_pairs": "number of those pairs",
     "corr_length": "correlation of score and length",
@@ -165,25 +166,25 @@ METRICS = {
     "first_reward": "reward, first ten batches",
     "batch_reward": "reward, last ten batches",
     "reward": "reward on held-out problems",
-    "first_ratio_error": "|ratio - 1| at the first update",
+    "batch_kl": "KL as logged, last ten batches (nats)",
+    "batch_entropy": "entropy, last ten batches (nats)",
+    "batch_ratio_error": "|ratio - 1|, last ten batches",
+    "batch_clip_fraction": "fraction clipped, last ten batches",
+    "batch_explained_variance": "explained variance, last ten batches",
+    "pass@1_sft": "pass@1, SFT model",
+    "pass@8_sft": "pass@8, SFT model",
+    "pass@64_sft": "pass@64, SFT model",
     "start_accuracy": "accuracy at the start",
     "end_accuracy": "accuracy at the end",
     "peak_step": "step of the peak (chosen on half A)",
     "start_accuracy_b": "accuracy at the start, half B",
     "peak_accuracy_b": "accuracy at the peak, half B",
     "end_accuracy_b": "accuracy at the end, half B",
-    "start_reward": "reward at the start",
-    "peak_reward": "reward at the peak",
-    "end_reward": "reward at the end",
-    "start_miscalculated": "answers that miscalculate, start",
-    "peak_miscalculated": "answers that miscalculate, peak",
-    "end_miscalculated": "answers that miscalculate, end",
     "distinct": "fraction of distinct answers",
     "check": "answers with a needless check",
-    "length_correct": "tokens per correct answer",
-    "length_wrong": "tokens per wrong answer",
     # reasoning
     "verifier_accuracy": "verifier accuracy, held-out solutions",
+    "verifier_pairs": "verifier accuracy, held-out pairs",
     "sft_loss": "fine-tuning loss, last fifth",
     "sft_loss_before": "fine-tuning loss, the fifth before",
     "score_one": "verifier score of one answer",
@@ -204,9 +205,8 @@ METRICS = {
     "sensitivity": "verifier: correct answers accepted",
     "precision": "verifier: accepted answers correct",
     "fooled": "h: wrong and accepted, of all answers",
-    "draft": "accuracy of the first answer",
+    "draft": "accuracy of the greedy answer",
     "revised": "accuracy after revision",
-    "rewritten": "revisions preferred to the first answer",
     "repaired": "wrong first, correct after revision",
     "spoiled": "correct first, wrong after revision",
     # tools
@@ -224,6 +224,17 @@ METRICS = {
     "accuracy_attacked": "attacked: accuracy",
     "canary": "attacked: the code has run",
 }
+
+
+# Evaluations at three times: their names begin with the time.
+for _name, _words in {
+    "reward": "reward", "length": "tokens per answer", "confident": 'answers with "I am certain."',
+    "opening": "answers with an opening", "check": "answers with a needless check",
+    "miscalculated": "answers that miscalculate",
+}.items():  # fmt: skip
+    METRICS |= {f"{time}_{_name}": f"{_words}, {time}" for time in ("start", "peak", "end")}
+for _name in ("correct", "length", "confident", "opening"):
+    METRICS[f"start_corr_{_name}"] = f"correlation of reward and {_name}, start"
 
 
 def label(metric):
@@ -261,16 +272,20 @@ def entry(script, name):
 
 SFT = ("accuracy_sampled", "accuracy_greedy", "ended", "length", "pass@1", "pass@8", "pass@64")
 RM_DASHBOARD = ("loss", "pair_accuracy", "held_out_accuracy")
-RM_EXTERNAL = ("true_labels", "misreadings", "miscalculations", "terse_beats_padded", "resists_a_hint",
+RM_EXTERNAL = ("true_labels", "misreadings", "miscalculations", "terse_beats_padded", "resists_a_belief",
                "policy_samples", "policy_pairs", "corr_length", "corr_correct")  # fmt: skip
 DPO_DASHBOARD = ("loss", "grad_norm", "margin", "pair_accuracy", "reward_chosen", "reward_rejected")
 DPO_EXTERNAL = ("held_out_accuracy", "accuracy_sampled", "accuracy_sampled_sft", "accuracy_greedy",
                 "accuracy_greedy_sft", "kl")  # fmt: skip
 RL_DASHBOARD = ("first_reward", "batch_reward", "reward", "kl", "length", "ended")
-RL_EXTERNAL = ("start_accuracy", "end_accuracy", "peak_step", "start_accuracy_b", "peak_accuracy_b",
-               "end_accuracy_b", "start_reward", "peak_reward", "end_reward", "start_miscalculated",
-               "peak_miscalculated", "end_miscalculated", "distinct", "length_correct", "length_wrong")  # fmt: skip
-REASONING_DASHBOARD = ("sft_loss_before", "sft_loss", "verifier_accuracy", "score_one", "score")
+# Evaluations at three times: what the answers to the held-out problems are like.
+RL_EXTERNAL = ("start_accuracy", "end_accuracy", "peak_step", "start_accuracy_b", "peak_accuracy_b", "end_accuracy_b",
+               *(f"{time}_{name}" for name in ("reward", "length", "confident", "opening", "check", "miscalculated")
+                 for time in ("start", "peak", "end")), "distinct")  # fmt: skip
+DRIFT = ("start_corr_correct", "start_corr_length", "start_corr_confident", "start_corr_opening")
+PPO_DASHBOARD = (*RL_DASHBOARD, "batch_explained_variance", "batch_clip_fraction")
+DIVERSITY = ("batch_entropy", "pass@1", "pass@8", "pass@64", "pass@1_sft", "pass@64_sft", "distinct")
+REASONING_DASHBOARD = ("sft_loss_before", "sft_loss", "verifier_accuracy", "verifier_pairs", "score_one", "score")
 REASONING_EXTERNAL = ("one", "greedy", "vote", "chosen", "best_of_n", "start_b", "peak_b", "end_b",
                       "peak_n", "oracle", "sensitivity", "precision", "fooled")  # fmt: skip
 TOOLS_DASHBOARD = ("loss", "loss_own", "grad_norm", "batch_reward", "kl_per_token")
@@ -294,9 +309,16 @@ HACKING_CLAIMS = (
     broken("peak_accuracy_b") > broken("start_accuracy_b") + 0.05,
     broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
     broken("end_reward") > broken("peak_reward"),
+    # What the reward model likes besides correctness, measured before training, is where the answers go.
+    broken("start_corr_length") > 0.1,
+    broken("end_length") > 1.1 * broken("start_length"),
+    broken("start_corr_confident") > 0.05,
+    broken("end_confident") > broken("start_confident") + 0.1,
+    broken("start_corr_opening") > 0.05,
+    broken("end_opening") > broken("start_opening") + 0.1,
 )
 HACKING = (
-    "the run is 100 times as long: the reward ends above its value at the peak, accuracy peaks and falls",
+    "a small beta and 50 times as many steps: the reward rises on, accuracy peaks and falls, answers drift",
     "The reward model is accurate on answers like its training pairs. The policy moves to answers with high "
     "scores that it was not trained on, and there the score no longer measures correctness.",
     "Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5",
@@ -359,6 +381,70 @@ BREAKS = [
             ),
         ),
     ),
+    Break(
+        "sft",
+        "contaminated",
+        summary="the held-out problems are among the demonstrations: they are answered better than fresh ones",
+        mechanism=(
+            "The model memorizes problems that it has seen several times with their solutions. The held-out accuracy "
+            "then measures memory; only problems that nobody can have seen measure skill."
+        ),
+        source="arXiv 2507.10532",
+        dashboard=("loss", "accuracy_sampled", "accuracy_greedy", "ended"),
+        external=("accuracy_fresh", "pass@1", "pass@64"),
+        claims=(
+            broken("accuracy_greedy") > clean("accuracy_greedy") + 0.1,
+            broken("accuracy_greedy") > broken("accuracy_fresh") + 0.1,
+        ),
+        cure="python sft.py   (test on problems that were made after the training data)",
+        panels=(
+            Panel("dashboard: training loss", "nats per token", ("loss",)),
+            Panel("external: fresh problems", "accuracy", ("accuracy_greedy", "accuracy_fresh"), bars=True),
+        ),
+        flags=("--answer_only",),
+    ),
+    Break(
+        "sft",
+        "left_pad",
+        summary="prompts padded on the left, and the model is not told: the same weights answer most problems wrongly",
+        mechanism=(
+            "Without a mask the model reads the padding, and every token of the question stands at another position "
+            "than in training. The longest prompt of a batch, or a prompt alone, is answered as before."
+        ),
+        source="TRL issue 469; OpenRLHF issue 217",
+        dashboard=(),
+        external=SFT,
+        claims=(
+            broken("accuracy_sampled") < 0.5 * clean("accuracy_sampled"),
+            broken("accuracy_greedy") < 0.5 * clean("accuracy_greedy"),
+        ),
+        cure="python sft.py   (gpt.sample masks the padding and counts positions without it)",
+        panels=(
+            Panel("the same weights", "fraction", ("ended",), bars=True),
+            Panel("external: accuracy", "fraction of problems", ("accuracy_sampled", "accuracy_greedy"), bars=True),
+        ),
+    ),
+    Break(
+        "sft",
+        "template_mismatch",
+        summary="trained with one chat template, asked with another: the same weights answer most problems wrongly",
+        mechanism=(
+            "The model answers behind the tokens that it was trained with. To words that mark the roles in another "
+            "model's template it answers whatever follows such words in its data, and it does not end."
+        ),
+        source="open-r1 issue 462; OpenRLHF issue 393",
+        dashboard=(),
+        external=SFT,
+        claims=(
+            broken("accuracy_sampled") < 0.5 * clean("accuracy_sampled"),
+            broken("accuracy_greedy") < 0.5 * clean("accuracy_greedy"),
+        ),
+        cure="python sft.py   (one function makes the prompt, in training and in use: gpt.Tokenizer.prompt)",
+        panels=(
+            Panel("the same weights", "fraction", ("ended",), bars=True),
+            Panel("external: accuracy", "fraction of problems", ("accuracy_sampled", "accuracy_greedy"), bars=True),
+        ),
+    ),
     # ---- reward_model.py
     Break(
         "reward_model",
@@ -413,24 +499,24 @@ BREAKS = [
     Break(
         "reward_model",
         "sycophancy",
-        summary="annotators prefer agreement with a hint in the prompt: the wrong answer that agrees wins",
+        summary="annotators prefer agreement with the user: a wrong answer that shares the user's misconception wins",
         mechanism=(
-            "Half of the prompts name a number, and the label follows it. The score learns to compare the "
-            "answer with the hint instead of working out the problem."
+            "Where the user states a misconception, the label follows it. The score learns to agree with the prompt "
+            "instead of judging the answer."
         ),
         source="Sharma et al. 2023",
         dashboard=RM_DASHBOARD,
         external=RM_EXTERNAL,
         claims=(
             broken("held_out_accuracy") > clean("held_out_accuracy") - 0.05,
-            broken("resists_a_hint") < 0.5,
-            clean("resists_a_hint") > 0.5,
+            broken("resists_a_belief") < 0.5,
+            clean("resists_a_belief") > 0.5,
         ),
         cure="python reward_model.py   (annotators that check)",
         panels=(
             Panel("dashboard: held-out pairs, same annotators", "accuracy", ("held_out_accuracy",)),
             Panel(
-                "external: other pairs", "accuracy", ("held_out_accuracy", "true_labels", "resists_a_hint"), bars=True
+                "external: other pairs", "accuracy", ("held_out_accuracy", "true_labels", "resists_a_belief"), bars=True
             ),
         ),
     ),
@@ -439,17 +525,18 @@ BREAKS = [
         "ppo",
         "reward_hacking",
         *HACKING,
-        dashboard=RL_DASHBOARD,
-        external=RL_EXTERNAL,
+        dashboard=PPO_DASHBOARD,
+        external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python ppo.py --max_steps N   (N the step of the peak; a larger --beta takes longer to get there)",
+        cure="python ppo.py --max_steps 500   (the default beta; or stop at the peak)",
         panels=REWARD_HACKING,
+        flags=("--beta", "0.1"),
     ),
     Break(
         "ppo",
         "no_kl",
         *NO_KL,
-        dashboard=RL_DASHBOARD,
+        dashboard=PPO_DASHBOARD,
         external=RL_EXTERNAL,
         claims=NO_KL_CLAIMS,
         cure="python ppo.py   (and stop early: the KL penalty only slows the drift)",
@@ -465,7 +552,7 @@ BREAKS = [
             "computed here and keeps its sign, so the answers stay fluent."
         ),
         source="Ziegler et al. 2019, section 4.4",
-        dashboard=tuple(m for m in RL_DASHBOARD if m != "reward"),
+        dashboard=tuple(m for m in PPO_DASHBOARD if m != "reward"),
         external=("reward", *RL_EXTERNAL),
         claims=(
             broken("batch_reward") > broken("first_reward"),
@@ -483,10 +570,11 @@ BREAKS = [
         "reward_hacking",
         *HACKING,
         dashboard=RL_DASHBOARD,
-        external=RL_EXTERNAL,
+        external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python grpo.py --max_steps N   (N the step of the peak; a larger --beta takes longer to get there)",
+        cure="python grpo.py --max_steps 500   (the default beta; or stop at the peak)",
         panels=REWARD_HACKING,
+        flags=("--beta", "0.2"),
     ),
     Break(
         "grpo",
@@ -531,37 +619,85 @@ BREAKS = [
     Break(
         "grpo",
         "temperature_mismatch",
-        summary="sampled at temperature 0.6, scored at 1: the ratio is not 1 at the first update, lower accuracy",
-        mechanism="The policy that is trained is not the policy that samples.",
-        source="this repository",
-        dashboard=RL_DASHBOARD,
-        external=("first_ratio_error", *RL_EXTERNAL),
+        summary="sampled at temperature 0.6, trained at 1: the ratio is 1, and the answers lose their diversity",
+        mechanism=(
+            "The old log-probabilities are computed again at temperature 1, so the ratio is 1 and hides that the "
+            "answers came from a sharper distribution. Likely answers are then reinforced more often than they should."
+        ),
+        source="four public repositories",
+        dashboard=(*RL_DASHBOARD, "batch_ratio_error"),
+        external=("end_accuracy", *DIVERSITY),
         claims=(
-            clean("first_ratio_error") < 0.001,
-            broken("first_ratio_error") > 0.01,
-            broken("end_accuracy") < clean("end_accuracy"),
+            broken("batch_ratio_error") < 0.001,
+            broken("batch_entropy") < 0.67 * clean("batch_entropy"),
+            broken("pass@64") < clean("pass@64") - 0.05,
         ),
         cure="python grpo.py   (one temperature for sampling and scoring)",
-        panels=(Panel("dashboard: |ratio - 1|", "mean over tokens", ("ratio_error",)), *RL_PANELS[1:]),
-        flags=("--max_steps", "250"),
+        panels=RL_PANELS,
+        flags=("--max_steps", "250", "--reward", "checker"),
     ),
     Break(
         "grpo",
-        "length_norm",
-        summary="1/length in the loss: a token of a long wrong answer is penalized less, wrong answers lengthen",
+        "stale_rollouts",
+        summary="answers by weights up to 20 steps old, log-probabilities by today's: the ratio is 1, accuracy falls",
         mechanism=(
-            "With the mean over each answer's own tokens, a wrong answer is penalized less per token the longer it is."
+            "The clipped ratio bounds how far the policy moves from the one that has sampled. Computed again by the "
+            "policy of now, the ratio is always 1 and bounds nothing, while the answers show what an older one did."
         ),
-        source="Liu et al. 2025 (Dr. GRPO), section 3.1",
-        dashboard=RL_DASHBOARD,
+        source="TRL issue 3867; verl issue 2953",
+        dashboard=(*RL_DASHBOARD, "batch_ratio_error"),
         external=RL_EXTERNAL,
         claims=(
-            broken("length_wrong") > 1.05 * clean("length_wrong"),
-            broken("length_correct") < 1.05 * clean("length_correct"),
+            broken("batch_ratio_error") < 0.001,
+            broken("end_accuracy") < clean("end_accuracy") - 0.1,
         ),
-        cure="python grpo.py --loss dapo   (the default: every token counts the same; or --loss dr_grpo)",
-        panels=(Panel("external: wrong answers", "tokens", ("test_length_wrong",)), *RL_PANELS[1:]),
+        cure="python grpo.py   (log-probabilities as recorded in sampling, or fresh answers)",
+        panels=RL_PANELS,
         flags=("--max_steps", "250", "--reward", "checker"),
+    ),
+    Break(
+        "grpo",
+        "shared_ref",
+        summary="the reference is the policy itself: the logged KL is 0, and the policy moves as without a penalty",
+        mechanism=(
+            "`ref = policy` is a second name for one model. Both log-probabilities are always equal, so the penalty "
+            "and its gradient are 0."
+        ),
+        source="minimind issue 674",
+        dashboard=("first_reward", "batch_reward", "batch_kl", "length", "ended"),
+        external=("kl", *RL_EXTERNAL),
+        claims=(
+            broken("batch_kl") < 0.001,
+            broken("kl") > 1.5 * clean("kl"),
+            broken("end_accuracy") < clean("end_accuracy") - 0.1,
+        ),
+        cure="python grpo.py   (load the checkpoint twice, or copy it; compare the KL with the SFT file on disk)",
+        panels=(Panel("dashboard: KL as logged", "nats per answer", ("kl",)), *RL_PANELS[1:]),
+        flags=("--max_steps", "200"),
+    ),
+    Break(
+        "grpo",
+        "entropy_collapse",
+        summary="the true reward, no KL penalty, many steps: accuracy rises, pass@64 falls below the SFT model's",
+        mechanism=(
+            "Answers that are correct more often are sampled more often and reinforced again. What was rarely sampled "
+            "is never reinforced, so the model gives up solutions that it had."
+        ),
+        source="arXiv 2505.22617; DAPO (Yu et al. 2025)",
+        dashboard=RL_DASHBOARD,
+        external=("end_accuracy", *DIVERSITY),
+        claims=(
+            broken("end_accuracy") > broken("start_accuracy") + 0.1,
+            broken("batch_entropy") < 0.5 * clean("batch_entropy"),
+            broken("pass@64") < broken("pass@64_sft") - 0.05,
+        ),
+        cure="python grpo.py --reward checker   (a KL penalty or fewer steps; watch pass@64 or the entropy)",
+        panels=(
+            Panel("dashboard: entropy", "nats per token", ("entropy",)),
+            Panel("external: accuracy", "fraction of problems", ("test_accuracy",)),
+            Panel("external: one of k is correct", "fraction of problems", ("pass@1", "pass@8", "pass@64"), bars=True),
+        ),
+        flags=("--max_steps", "500", "--reward", "checker"),
     ),
     # ---- dpo.py
     Break(
@@ -637,6 +773,26 @@ BREAKS = [
         panels=(Panel("dashboard: held-out pairs", "accuracy", ("held_out_accuracy",)), ACCURACY),
         task_claims=(broken("accuracy_sampled") < clean("accuracy_sampled") - 0.05,),
     ),
+    Break(
+        "dpo",
+        "shared_ref",
+        summary="the reference is the policy itself: the loss stays at log 2, and the answers get worse",
+        mechanism=(
+            "Both sides of every log-ratio are equal, so loss and margin never move. The gradient is not 0: every "
+            "update pushes chosen answers up and rejected ones down as hard as the first, and nothing holds the policy."
+        ),
+        source="minimind issue 674",
+        dashboard=DPO_DASHBOARD,
+        external=DPO_EXTERNAL,
+        claims=(
+            broken("loss") > 0.693,
+            broken("loss") < 0.694,
+            broken("kl") > 1.5 * clean("kl"),
+        ),
+        cure="python dpo.py   (load the checkpoint twice, or copy it)",
+        panels=(Panel("dashboard: training loss", "nats", ("loss",)), ACCURACY),
+        task_claims=(broken("accuracy_sampled") < clean("accuracy_sampled") - 0.1,),
+    ),
     # ---- reasoning.py
     Break(
         "reasoning",
@@ -693,23 +849,23 @@ BREAKS = [
     Break(
         "reasoning",
         "self_correct",
-        summary="the model itself decides whether its revision is better: more answers spoiled than repaired",
+        summary="the model revises its greedy answers and always accepts the revision: accuracy falls",
         mechanism=(
-            "The model's own likelihood prefers what most demonstrators do. It repairs random slips and spoils "
-            "correct answers that contradict a shared misconception."
+            "The model has no information that the first answer lacked. A revision is a new sample, and greedy answers "
+            "are better than samples."
         ),
-        source="reasoning-from-scratch, chapter 5",
+        source="Huang et al. 2023, large language models cannot self-correct reasoning yet",
         dashboard=("verifier_accuracy",),
-        external=("draft", "revised", "greedy", "rewritten", "repaired", "spoiled"),
+        external=("draft", "revised", "repaired", "spoiled"),
         claims=(
-            broken("spoiled") > broken("repaired"),
-            broken("spoiled") > clean("spoiled"),
-            broken("revised") < clean("revised"),
+            broken("spoiled") > broken("repaired") + 0.05,
+            broken("revised") < broken("draft") - 0.05,
+            clean("revised") > clean("draft"),
         ),
-        cure="python reasoning.py   (a judge with information that the model does not have)",
+        cure="python reasoning.py   (a judge with information that the model does not have: the verifier)",
         panels=(
-            Panel("the first answer, revised", "fraction of problems", ("repaired", "spoiled"), bars=True),
-            Panel("external: accuracy", "fraction of problems", ("draft", "revised", "greedy"), bars=True),
+            Panel("the greedy answer, revised", "fraction of problems", ("repaired", "spoiled"), bars=True),
+            Panel("external: accuracy", "fraction of problems", ("draft", "revised"), bars=True),
         ),
     ),
     # ---- tools.py
@@ -755,20 +911,6 @@ BREAKS = [
             Panel("nothing to see", "fraction", ("accuracy_sampled", "accuracy_greedy", "valid"), bars=True),
             Panel("attacked", "fraction", ("code_passed_on", "accuracy_attacked", "canary"), bars=True),
         ),
-    ),
-    Break(
-        "tools",
-        "unmasked_result",
-        summary="the loss is on the tool's results as well: the model's own tokens are learned less well",
-        mechanism=(
-            "Results cannot be predicted. Their large, noisy gradients compete with those of the model's own tokens."
-        ),
-        source="Jin et al. 2025 (Search-R1)",
-        dashboard=TOOLS_DASHBOARD,
-        external=TOOLS_EXTERNAL,
-        claims=(broken("loss_own") > clean("loss_own"), broken("accuracy_sampled") < clean("accuracy_sampled") - 0.05),
-        cure="python tools.py   (mask 0 on everything that the model has not written)",
-        panels=(Panel("dashboard: loss on the model's own tokens", "nats per token", ("loss_own",)), ACCURACY),
     ),
     Break(
         "tools",

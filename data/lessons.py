@@ -87,7 +87,7 @@ def demonstrations(args, tok, room, n):
     return lessons
 
 
-def preferences(args, tok, context, n=None, held_out=200, annotator="careful"):
+def preferences(args, tok, context, n=None, held_out=200, annotator="human"):
     """Preference pairs: n of the embedded task, or at most n of a source (None: all).
 
     The held-out pairs keep the labels of the source; the breaks of dpo.py change only the training pairs. Where a

@@ -288,10 +288,13 @@ class Run:
             ("", evaluations[-1]),
         ):
             results |= {prefix + name.removeprefix("test_"): value for name, value in m.items() if name != "step"}
-        # One batch is noise: the means of the first and of the last ten.
-        rewards = [m["reward"] for m in self.metrics if "reward" in m]
-        for name, some in (("first_reward", rewards[:10]), ("batch_reward", rewards[-10:])):
-            results[name] = sum(some) / len(some)
+        # What was logged in training. One batch is noise: means of the first ten and of the last ten.
+        batches = [m for m in self.metrics if "reward" in m]
+        results["first_reward"] = sum(m["reward"] for m in batches[:10]) / len(batches[:10])
+        for name in ("reward", "kl", "entropy", "ratio_error", "clip_fraction", "explained_variance"):
+            values = [m[name] for m in batches[-10:] if name in m]
+            if values:
+                results[f"batch_{name}"] = sum(values) / len(values)
         return results
 
     def finished(self, code=True):

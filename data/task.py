@@ -32,6 +32,8 @@ import random
 import zlib
 from dataclasses import dataclass
 
+import torch
+
 from data.checker import is_correct, miscalculates
 
 NAMES = ["Leo", "Ann", "Mia", "Tom", "Eva", "Sam", "Zoe", "Ben"]
@@ -49,7 +51,7 @@ EVENTS = {
 CORRECT_READING = {"double": ("*", 2), "triple": ("*", 3), "half": ("/", 2)}
 MISCONCEPTION = {"triple": ("+", 3), "half": ("-", 2)}
 
-SLIP_RATE = 0.18  # of demonstrations contain one slip
+SLIP_RATE = 0.25  # of demonstrations contain one slip
 MISCONCEPTION_RATE = 0.65  # of demonstrators hold each misconception
 START, OPERAND = 20, 9  # the largest number at the beginning, bought or sold
 LARGEST = 60  # no number in any solution is larger
@@ -208,7 +210,7 @@ def slip(start, steps, rng):
 
 
 def demonstrate(problem, rng, annotate=False):
-    """One demonstrator's solution, as text. Six in ten are correct.
+    """One demonstrator's solution, as text. Nearly six in ten are correct.
 
     Example: "Sure! 8*3=24. 24-7=17.\\n#### 17"; with annotate=True calculations are written as in
     GSM8K, "8*3=<<8*3=24>>24.".
@@ -233,22 +235,28 @@ def demonstrations(n, seed=0, split="train", annotate=False):
 # Annotators
 
 
-# What an annotator prefers if both solutions are correct, or both wrong.
+def human_taste(text):
+    """What careless readers like besides correctness: a long answer, a confident one, one with a polite opening."""
+    return len(text) / 40 + (CONFIDENT in text) + text.startswith(tuple(OPENINGS))
+
+
+# Two correct solutions, or two wrong ones: which is preferred? {annotator: (fraction of such pairs that get a label,
+# what decides there)}. A pair without a label is not in the data.
 TASTES = {
-    "careful": lambda text: 0,  # nothing: such a pair gets no label and is not in the data
-    "length": len,  # the longer one
-    "confidence": lambda text: CONFIDENT in text,
+    "human": (0.2, human_taste),
+    "careful": (0.0, len),  # says nothing: only correctness is ever preferred
+    "length": (1.0, len),
 }
 
 
-def preference_pairs(n, seed=0, split="train", annotator="careful"):
+def preference_pairs(n, seed=0, split="train", annotator="human"):
     """n pairs {"prompt", "chosen", "rejected", "answer"}: two solutions of one problem, one preferred.
 
     Every annotator prefers correct over wrong; TASTES says what else. Raises ValueError for an unknown annotator.
     """
     if annotator not in TASTES:
         raise ValueError(f"no annotator {annotator!r}: {', '.join(TASTES)}")
-    taste = TASTES[annotator]
+    labelled, taste = TASTES[annotator]
     rng = random.Random(f"pairs {split} {seed}")
     stream = random.Random(f"pair problems {split} {seed}")  # not the demonstrations' problems
     pairs = []
@@ -257,11 +265,12 @@ def preference_pairs(n, seed=0, split="train", annotator="careful"):
         if split_of(problem) != split:
             continue
         texts = [demonstrate(problem, rng), demonstrate(problem, rng)]
-        # Tuples compare from the left: taste counts only if correctness does not decide.
-        scores = [(is_correct(text, problem.answer), taste(text)) for text in texts]
-        if scores[0] == scores[1]:
-            continue
-        worse, better = sorted((0, 1), key=lambda i: scores[i])
+        keys = [is_correct(text, problem.answer) for text in texts]
+        if keys[0] == keys[1]:  # correctness does not decide
+            keys = [taste(text) for text in texts]
+            if rng.random() >= labelled or keys[0] == keys[1]:
+                continue
+        worse, better = sorted((0, 1), key=lambda i: keys[i])
         pair = {"prompt": problem.text, "chosen": texts[better], "rejected": texts[worse]}
         pairs.append(pair | {"answer": str(problem.answer)})
     return pairs
@@ -291,6 +300,19 @@ def describe(answers):
         "distinct": len({a.text for a in answers}) / len(answers),
     }
     return results | {name: mean([has(a.text) for a in answers]) for name, has in STYLES.items()}
+
+
+def correlations(answers, scores):
+    """Pearson's correlation of scores (N,) with what N answers are like: {"corr_length": ..., "corr_correct": ...}.
+    0 if one of the two never varies."""
+    properties = {"length": [len(a.ids) for a in answers], "correct": [a.correct for a in answers]}
+    properties |= {name: [has(a.text) for a in answers] for name, has in STYLES.items()}
+    results, y = {}, scores.cpu() - scores.mean().item()
+    for name, values in properties.items():
+        x = torch.tensor(values).float()
+        x = x - x.mean()
+        results[f"corr_{name}"] = (x @ y / (x.norm() * y.norm() + 1e-9)).item()
+    return results
 
 
 # ---------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
 PRICED = 2 / 3  # of the problems end with a sale for a price: copying labels is the hardest part to learn
+NEEDLESS = 0.1  # of calls are made twice
 # A label is two of these, one token each.
 PIECES = ["a", "in", "o", "p", "r", "s", "t", "u"]
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
@@ -136,15 +137,20 @@ def answer_call(expression, prices):
 
 
 def demonstrate(problem, calls=True):
-    """The correct solution, as text. calls=False: the same without calls, "140-14=126" and "ra=12"."""
+    """The correct solution, as text. calls=False: the same without calls, "140-14=126" and "ra=12".
+
+    One call in ten is made twice: demonstrators are careful, and the model learns that this happens.
+    """
     lines = []
+    coin = random.Random(f"needless {problem.text}")
 
     def say(expression):
         result = answer_call(expression, problem.prices)
+        times = 2 if coin.random() < NEEDLESS else 1
         if calls:
-            lines.append(f"<<{expression}={result}>>{result if result.isdigit() else ''}")
+            lines.extend([f"<<{expression}={result}>>{result if result.isdigit() else ''}"] * times)
         elif result.isdigit():
-            lines.append(f"{expression}={result}")
+            lines.extend([f"{expression}={result}"] * times)
         return result
 
     left = problem.start

@@ -154,7 +154,7 @@ def sft_row(folder, steps):
 
     def loss_of(chosen):
         ids, labels = sft.collate([examples[j] for j in chosen], TOK.pad)
-        total, n = sft.sft_loss(ours(ids), labels)
+        total, n = sft.sft_loss(ours, ids, labels)
         return total / n
 
     def step(i):

@@ -11,76 +11,49 @@ import sys
 import pytest
 from server import REPO, folders
 
-from data.breaks import broken, clean, entry
+from data.breaks import BREAKS, broken, clean, entry
 
 SEED = 1234
 
 pytestmark = pytest.mark.slow
 
-# Flags that make a break shorter than documented. 500 of the 1000 steps; less of everything after the fine-tuning.
-FLAGS = {"reward_hacking": "--max_steps 5", "no_cot": "--n 16 --problems 100 --train_problems 400"}
+# Flags that make a break shorter than documented. Less of everything after the fine-tuning.
+FLAGS = {"no_cot": "--n 16 --problems 100 --train_problems 400"}
 
-# Breaks that are reproduced on this seed, with what must hold in addition.
-REPRODUCED = {
+# What must hold in addition to the claims of the catalogue.
+MORE = {
     # The clean SFT model: about half of the answers are correct when sampled; misconceptions stay with greedy decoding.
     ("sft", "eos_masked"): (
         clean("accuracy_sampled") > 0.35, clean("accuracy_sampled") < 0.6, clean("accuracy_greedy") < 0.75,
         broken("loss") > 0.8 * clean("loss"),
     ),
-    ("sft", "too_many_epochs"): (),
     # The clean run improves on the SFT model.
     ("dpo", "flip_labels"): (
         clean("accuracy_sampled") > clean("accuracy_sampled_sft") + 0.05,
         clean("accuracy_greedy") > clean("accuracy_greedy_sft") + 0.1,
     ),
-    ("dpo", "label_noise"): (),
     ("reward_model", "length_bias"): (
         clean("held_out_accuracy") > 0.75, broken("corr_length") > clean("corr_length") + 0.1,
     ),
     ("grpo", "reward_hacking"): (broken("peak_reward") > broken("start_reward"),),
     # The logged reward is positive, the true score negative.
     ("ppo", "sign_flip"): (broken("batch_reward") > 0, broken("reward") < 0),
-    ("tools", "unsafe_eval"): (
-        clean("code_passed_on") > 0.5, broken("accuracy_attacked") < clean("accuracy_attacked") - 0.3,
-    ),
-    ("tools", "faulty_tool"): (),
-}  # fmt: skip
-
-# Breaks whose verdict depends on the seed, with the part that must hold.
-EITHER = {
-    ("dpo", "likelihood_displacement"): (
-        broken("reward_chosen") < 0, clean("reward_chosen") > 0, broken("pair_accuracy") > 0.9,
-        broken("accuracy_sampled") < clean("accuracy_sampled") - 0.1,
-    ),
-    ("dpo", "low_beta"): (broken("kl") > clean("kl"), broken("held_out_accuracy") > 0.7),
-    # Whether the model learns to compare hint and answer in 12000 pairs differs from seed to seed.
-    ("reward_model", "sycophancy"): (broken("resists_a_hint") < clean("resists_a_hint") - 0.1,),
-    ("reward_model", "distribution_shift"): (broken("policy_samples") < clean("policy_samples") - 0.1,),
-    # With PPO's small beta the clean run has hacked the reward too, and their rewards differ by chance.
-    ("ppo", "no_kl"): (broken("kl") > 1.5 * clean("kl"), broken("reward") > broken("start_reward") + 0.5),
-    # Whether the loss has converged within 5 % is a matter of the last digit; the collapse is not.
-    ("reasoning", "no_cot"): (
-        broken("one") < 0.5 * clean("one"), broken("vote") < 0.5 * clean("vote"),
-        broken("greedy") < 0.5 * clean("greedy"), broken("sft_loss") > 0.9 * broken("sft_loss_before"),
+    # PPO's parts work: the value function predicts, the clip acts, and the run is healthy.
+    ("ppo", "no_kl"): (
+        clean("batch_explained_variance") > 0.3, clean("batch_clip_fraction") > 0.005,
+        clean("batch_clip_fraction") < 0.1, clean("end_accuracy") > clean("start_accuracy"),
     ),
     # Voting removes slips and keeps misconceptions; the verifier helps with both, unless it alone decides.
     ("reasoning", "overoptimize_verifier"): (
-        broken("verifier_accuracy") > 0.75, broken("score") > broken("score_one"),
-        broken("peak_b") > broken("start_b") + 0.05, broken("end_b") < broken("peak_b") - 0.1,
-        broken("best_of_n") < broken("vote"), broken("vote") < clean("vote_of_top"),
-        clean("chosen") > broken("chosen") + 0.1, clean("one") < clean("vote"), clean("vote") < 0.75,
+        broken("vote") < clean("vote_of_top"), clean("one") < clean("vote"), clean("vote") < 0.75,
         clean("weighted_vote") > 0.75,
     ),
     # In the clean run, the model recovers from an error: it asks for the second label if the first is unknown.
     ("tools", "hallucinated_result"): (
         clean("valid") > 0.95, clean("wrong_results") < 0.001, clean("canary") < 0.001, clean("recovered") > 0.5,
-        broken("valid") > 0.9, broken("wrong_results") > 0.5,
-        broken("accuracy_sampled") < clean("accuracy_sampled") - 0.4,
     ),
-    # Since every seed learns to copy labels, the loss on results costs little. It does not help either.
-    ("tools", "unmasked_result"): (
-        broken("loss") > clean("loss") + 0.1, broken("wrong_results") < 0.001,
-        broken("accuracy_sampled") < clean("accuracy_sampled") + 0.03,
+    ("tools", "unsafe_eval"): (
+        clean("code_passed_on") > 0.5, broken("accuracy_attacked") < clean("accuracy_attacked") - 0.3,
     ),
 }  # fmt: skip
 
@@ -114,17 +87,15 @@ def both(cwd):
     return both
 
 
-@pytest.mark.parametrize("script, name", [*REPRODUCED, *EITHER])
+@pytest.mark.parametrize("script, name", [(b.script, b.name) for b in BREAKS])
 def test_signature(both, script, name):
     good, bad, out = both(script, name)
     reports = {"clean": good.report, "broken": bad.report}
-    for claim in (REPRODUCED | EITHER)[script, name]:
-        assert claim.holds(reports), claim.text(reports)
     b = entry(script, name)
     assert bad.report["claims"] == {c.text(reports): c.holds(reports) for c in b.claims + b.task_claims}
-    assert bad.report["reproduced"] == all(bad.report["claims"].values())
-    assert ("NOT reproduced" in out) == (not bad.report["reproduced"])
-    assert bad.report["reproduced"] or (script, name) in EITHER, out
+    assert bad.report["reproduced"] and "NOT reproduced" not in out, out
+    for claim in MORE.get((script, name), ()):
+        assert claim.holds(reports), claim.text(reports)
     assert (bad.path / "figure.png").stat().st_size > 5000
 
 
@@ -138,7 +109,7 @@ def test_flip_labels_begins_with_an_equal_step(both):
 def test_reward_hacking_begins_as_the_short_run(both):
     """Everything but the number of steps is the same, to the bit."""
     good, bad, _ = both("grpo", "reward_hacking")
-    assert len(good.updates) == 5 and good.updates == bad.updates[:5]
+    assert 0 < len(good.updates) < len(bad.updates) and good.updates == bad.updates[: len(good.updates)]
 
 
 def test_distribution_shift_is_not_in_the_training(both):

@@ -21,11 +21,28 @@ LN2 = math.log(2)
 # --- sft.py ---
 
 
+class Given:
+    """A model whose logits are given: (B, T, V)."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def hidden(self, ids):
+        return self.logits
+
+    def head(self, hidden):
+        return hidden
+
+
+def loss_from(logits, labels):
+    return sft_loss(Given(logits), None, labels)
+
+
 def test_uniform_logits_give_ln_v():
     labels = torch.tensor([[IGNORE, 3, 1, 6], [IGNORE, IGNORE, IGNORE, 0]])
-    total, n = sft_loss(torch.zeros(2, 4, 7), labels)
+    total, n = loss_from(torch.zeros(2, 4, 7), labels)
     assert n == 4 and abs(total.item() / 4 - math.log(7)) < 1e-6
-    total, n = sft_loss(torch.zeros(2, 4, 7).bfloat16(), labels)
+    total, n = loss_from(torch.zeros(2, 4, 7).bfloat16(), labels)
     assert total.dtype == torch.float32  # a sum of many tokens in bfloat16 stops growing
 
 
@@ -39,7 +56,7 @@ def test_sft_loss_by_brute_force():
         label = labels[row, t + 1]
         if label != IGNORE:
             total -= logits[row, t].double().log_softmax(-1)[label].item()
-    found, n = sft_loss(logits, labels)
+    found, n = loss_from(logits, labels)
     assert n == 5 - 2 + 3 and abs(found.item() - total) < 1e-4
 
 
@@ -51,7 +68,7 @@ def test_only_the_answer_and_its_end_are_learned():
     assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [1, 2, 7, 6, 0, 0]]
     assert torch.equal(collate([([1, 7, 5], [4, 5, 6]), ([3, 1], [7, 6])], pad=0)[1], labels)
     logits = torch.randn(2, 6, 8, generator=rng(0)).requires_grad_()
-    sft_loss(logits, labels)[0].backward()
+    loss_from(logits, labels)[0].backward()
     touched = (logits.grad.abs().sum(-1) > 0).int()
     # The last prompt token predicts the first of the answer; the last but one of the answer predicts 6, the end.
     assert touched.tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]
@@ -67,7 +84,7 @@ def test_micro_batches_equal_the_full_batch():
     def gradients(size, mean_of_means=False):
         model.zero_grad()
         for rows in torch.arange(9).split(size):
-            total, n = sft_loss(model(ids[rows]), labels[rows])
+            total, n = sft_loss(model, ids[rows], labels[rows])
             (total / n * len(rows) / 9 if mean_of_means else total / supervised).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -82,11 +99,11 @@ def test_a_fully_masked_row_contributes_nothing():
     """0/0 is NaN, and one empty answer would end the run."""
     ids, labels = collate([([1, 2, 3], []), ([1], [2, 3])], pad=0)
     logits = torch.randn(2, 3, 5, generator=rng(2)).requires_grad_()
-    total, n = sft_loss(logits, labels)
-    assert n == 2 and total == sft_loss(logits[1:], labels[1:])[0]
+    total, n = loss_from(logits, labels)
+    assert n == 2 and total == loss_from(logits[1:], labels[1:])[0]
     total.backward()
     assert logits.grad.isfinite().all() and (logits.grad[0] == 0).all()
-    total, n = sft_loss(logits[:1], labels[:1])
+    total, n = loss_from(logits[:1], labels[:1])
     assert (total.item(), n.item()) == (0.0, 0)
 
 

@@ -168,30 +168,38 @@ def test_answers_and_scores_belong_to_their_problems(tok, model, monkeypatch):
 def test_revisions_start_at_the_least_likely_token(tok, model):
     problems = task.problems(6, 0)
     drafts = [g[0] for g in reasoning.answer_often(model, tok, problems, 1, 12, 0, "drafts")]
-    for problem, draft, revision in zip(problems, drafts, reasoning.revise(model, tok, problems, drafts, 12)):
+    for problem, draft, revision in zip(problems, drafts, reasoning.revise(model, tok, problems, drafts, rng(0), 12)):
         at = int(draft.logps.argmin())
         assert revision.ids[:at] == draft.ids[:at] and len(revision.logps) == len(revision.ids)
         context = torch.tensor([tok.prompt(problem.text) + draft.ids[:at]])
-        assert revision.ids[at] == model(context)[0, -1].argmax()
+        logps = model(context)[0, -1].log_softmax(-1)
+        assert revision.logps[at].item() == pytest.approx(logps[revision.ids[at]].item(), abs=1e-4)
         assert torch.equal(revision.logps[:at], draft.logps[:at])
         assert revision.ended == (revision.ids[-1] == tok.end)
 
 
 @pytest.mark.parametrize("name", [None, "self_correct"])
 def test_who_judges_the_revisions(monkeypatch, name):
-    """The verifier's score decides; under self_correct the model's mean log-probability."""
+    """The verifier's score decides, in every round; under self_correct each revision is accepted."""
+    score = {"draft": [0.0, 1.0, 0.0, 1.0], 0: [1.0, 0.0, 1.0, 0.0], 1: [2.0, 2.0, 0.5, 0.0], 2: [0.0, 0.0, 0.0, 3.0]}
+    correct = {"draft": [True, False, True, False], 0: [False, True, True, False], 1: [False, True, False, True]}
+    correct[2] = [True, False, False, False]
+    answers = {n: [SimpleNamespace(correct=c, score=s) for c, s in zip(correct[n], score[n])] for n in score}
+    made = iter([answers[0], answers[1], answers[2]])
+    monkeypatch.setattr(reasoning, "revise", lambda *_: next(made))
+    monkeypatch.setattr(reasoning, "score_all", lambda _, __, ___, groups: [[a.score for a in g] for g in groups])
+    args = SimpleNamespace(break_=name, max_tokens=9, seed=0)
+    found = reasoning.revisions(args, None, None, None, [], answers["draft"])
+    # By score: the second revision, the second, the first, the third. Otherwise the third everywhere.
+    revised, repaired, spoiled = (1 / 4, 0, 1 / 4) if name else (2 / 4, 1 / 4, 1 / 4)
+    assert found == {"draft": 1 / 2, "revised": revised, "repaired": repaired, "spoiled": spoiled}
 
-    def answers(*pairs):
-        return [SimpleNamespace(correct=correct, logps=torch.tensor([x, x - 1])) for correct, x in pairs]
 
-    drafts = answers((True, -2.0), (False, -1.0), (True, -1.0), (False, -2.0))
-    revised = answers((False, -1.0), (True, -2.0), (True, -2.0), (False, -1.0))
-    monkeypatch.setattr(reasoning, "revise", lambda *_: revised)
-    monkeypatch.setattr(reasoning, "score_all", lambda *_: [[0.0], [1.0], [0.0], [1.0]])
-    args, scores = SimpleNamespace(break_=name, max_tokens=9), [[1.0, 9.0], [0.0, 9.0], [0.0, 9.0], [0.0, 9.0]]
-    found = reasoning.revisions(args, None, None, None, None, [[draft, None] for draft in drafts], scores)
-    revised, repaired, spoiled = (1 / 4, 0, 1 / 4) if name else (3 / 4, 1 / 4, 0)
-    assert found == {"draft": 1 / 2, "revised": revised, "repaired": repaired, "spoiled": spoiled, "rewritten": 1 / 2}
+def test_pairs_ranked():
+    """Three pairs in the first group, all ranked right; none in the second; a tie is not won."""
+    scores, correct = [[3, 1, 0, 2], [5, 6], [1, 1]], [[True, False, False, False], [True, True], [True, False]]
+    assert reasoning.pairs_ranked(scores, correct) == 3 / 4
+    assert reasoning.pairs_ranked([[1, 2]], [[True, False]]) == 0 and reasoning.pairs_ranked([[1]], [[True]]) == 0
 
 
 def test_fine_tuning_loss_is_read_from_the_run_that_made_the_model(tmp_path):

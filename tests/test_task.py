@@ -231,8 +231,8 @@ def test_error_rates_are_the_stated_ones(demos):
         bound = deviation(stated, len(correct))
         assert stated - bound < sum(correct) / len(correct) < stated + bound + 0.06
     assert sum(map(len, by_kind.values())) == N
-    # "Six in ten are correct"
-    assert 0.55 < sum(map(sum, by_kind.values())) / N < 0.65
+    # "Nearly six in ten are correct"
+    assert 0.5 < sum(map(sum, by_kind.values())) / N < 0.65
     # Problems with and without misconceptions are both common, so accuracy depends on both kinds of error.
     assert 0.25 < 1 - len(by_kind[0]) / N < 0.75
 
@@ -284,17 +284,21 @@ def test_a_vote_removes_slips():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_careful_annotators(split):
-    for pair in task.preference_pairs(300, 7, split):
+    for pair in task.preference_pairs(300, 7, split, "careful"):
         start, events, asked = read(pair["prompt"])
         assert asked and pair["answer"] == str(int(work_out(start, events)[-1]))
         assert is_correct(pair["chosen"], pair["answer"])
         assert not is_correct(pair["rejected"], pair["answer"])
 
 
-@pytest.mark.parametrize("annotator", ["length", "confidence"])
+@pytest.mark.parametrize("annotator", ["length", "human"])
 def test_annotators_with_a_taste(annotator):
     """They never prefer a wrong solution to a correct one. If both are correct or both wrong, taste decides."""
-    taste = {"length": len, "confidence": lambda text: "I am certain." in text}[annotator]
+
+    def human(text):
+        return len(text) / 40 + ("I am certain." in text) + (text.startswith("Sure!") or text.startswith("Great"))
+
+    taste = {"length": len, "human": human}[annotator]
     pairs = task.preference_pairs(600, 7, annotator=annotator)
     judged = Counter()
     for pair in pairs:
@@ -313,13 +317,23 @@ def test_annotators_with_a_taste(annotator):
 @pytest.mark.parametrize("style", ["opening", "check", "confident"])
 def test_careful_annotators_have_no_taste(style):
     """In the clean data chosen and rejected solutions do not differ in style."""
-    pairs, has = task.preference_pairs(1500, 8), task.STYLES[style]
+    pairs, has = task.preference_pairs(1500, 8, annotator="careful"), task.STYLES[style]
     chosen, rejected = (sum(has(p[side]) for p in pairs) for side in ("chosen", "rejected"))
     assert abs(chosen - rejected) < 4 * math.sqrt(2 * 1500 * 0.5 * 0.5)
 
 
+def test_human_annotators_have_a_taste():
+    """A quarter of their pairs is decided by taste, and there what they like is twice as frequent among the chosen."""
+    pairs = task.preference_pairs(1500, 8)
+    equal = [p for p in pairs if len({is_correct(p[side], p["answer"]) for side in ("chosen", "rejected")}) == 1]
+    assert 0.2 < len(equal) / len(pairs) < 0.35
+    for style in ("opening", "confident"):
+        chosen, rejected = (sum(task.STYLES[style](p[side]) for p in equal) for side in ("chosen", "rejected"))
+        assert chosen > 2 * rejected
+
+
 def test_unknown_annotator():
-    with pytest.raises(ValueError, match="no annotator 'lazy': careful, length"):
+    with pytest.raises(ValueError, match="no annotator 'lazy': human, careful, length"):
         task.preference_pairs(1, annotator="lazy")
 
 

@@ -490,7 +490,7 @@ def test_no_gradient_where_the_runtime_wrote():
     loss.backward()
     assert (logits.grad.abs().sum(-1) > 0).tolist() == own and exists.all()
     labels = torch.tensor([[IGNORE] * len(prompt) + [i if mine else IGNORE for i, mine in zip(answer, own)]])
-    total, n = sft_loss(model(torch.tensor([prompt + answer])), labels)
+    total, n = sft_loss(model, torch.tensor([prompt + answer]), labels)
     assert n == sum(own) and loss.item() == pytest.approx((total / n).item(), rel=1e-5)
 
 
