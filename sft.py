@@ -157,7 +157,7 @@ def train(args):
     material = lessons.demonstrations(args, tok, model.config.block_size, args.demos)
     problems = material.problems
     if args.break_ == "contaminated":
-        some = leaked(problems)
+        some = leaked(problems)[: len(material.train)]
         material.train[: len(some)] = some  # as many demonstrations as before
     texts = [row["chosen"] for row in material.train]
     if args.answer_only:  # leave the working out: see reasoning.py --break no_cot

@@ -9,7 +9,7 @@ Three kinds of people produce the data, and a program checks it. The people are 
 That is the point of the task: here we *know* the errors.
 
     writers         write running text for the base model         corpus()
-    demonstrators   solve problems; four in ten wrongly           demonstrate()
+    demonstrators   solve problems; half of them wrongly           demonstrate()
     annotators      say which of two solutions they prefer        preference_pairs()
 
     the checker     compares the last number with the answer      data/checker.py
@@ -51,7 +51,7 @@ EVENTS = {
 CORRECT_READING = {"double": ("*", 2), "triple": ("*", 3), "half": ("/", 2)}
 MISCONCEPTION = {"triple": ("+", 3), "half": ("-", 2)}
 
-SLIP_RATE = 0.25  # of demonstrations contain one slip
+SLIP_RATE = 0.35  # of demonstrations contain one slip
 MISCONCEPTION_RATE = 0.65  # of demonstrators hold each misconception
 START, OPERAND = 20, 9  # the largest number at the beginning, bought or sold
 LARGEST = 60  # no number in any solution is larger
@@ -210,7 +210,7 @@ def slip(start, steps, rng):
 
 
 def demonstrate(problem, rng, annotate=False):
-    """One demonstrator's solution, as text. Nearly six in ten are correct.
+    """One demonstrator's solution, as text. About half are correct.
 
     Example: "Sure! 8*3=24. 24-7=17.\\n#### 17"; with annotate=True calculations are written as in
     GSM8K, "8*3=<<8*3=24>>24.".

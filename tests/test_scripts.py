@@ -6,12 +6,14 @@ All at the smallest size: what a break shows at its documented size is in test_b
 import filecmp
 import importlib
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -369,12 +371,12 @@ def test_length_bias_is_in_the_labels(broken):
 
 @pytest.mark.parametrize("script", RL)
 def test_reward_hacking_is_the_short_run_continued(broken, script):
-    """A hundred times as many steps, and not a byte of the first ones differs."""
+    """Fifty times as many steps, and not a byte of the first ones differs."""
     short, long = broken(script, "reward_hacking")
     check_folder(short, 1)
-    check_folder(long, 100)
+    check_folder(long, 50)
     evaluations = [m["step"] for m in long.metrics("test_accuracy")]
-    assert evaluations[0] == 0 and evaluations[-1] == 100 and long.report["peak_step"] in evaluations
+    assert evaluations[0] == 0 and evaluations[-1] == 50 and long.report["peak_step"] in evaluations
     rewards = [m["reward"] for m in long.updates]
     assert long.report["first_reward"] == pytest.approx(sum(rewards[:10]) / 10)
     assert long.report["batch_reward"] == pytest.approx(sum(rewards[-10:]) / 10)
@@ -396,9 +398,66 @@ def test_sign_flip(broken):
     assert clean["reward"] + flipped["reward"] == pytest.approx(cut_off, abs=1e-5)
 
 
-def test_temperature_mismatch(broken):
-    clean, bad = (folder.updates[0] for folder in broken("grpo", "temperature_mismatch"))
-    assert clean["ratio_error"] < 1e-4 < 1e-2 < bad["ratio_error"]
+@pytest.mark.parametrize("name", ["temperature_mismatch", "stale_rollouts"])
+def test_a_ratio_that_is_computed_again_hides_who_has_sampled(broken, name):
+    """The ratio is 1 in both runs, and the answers are others: at once, or when the sampler has become old."""
+    clean, bad = broken("grpo", name)
+    assert all(m["ratio_error"] < 1e-4 for folder in (clean, bad) for m in folder.updates)
+    first = [folder.updates[0]["entropy"] for folder in (clean, bad)]
+    assert (first[0] == pytest.approx(first[1], rel=1e-5)) == (name == "stale_rollouts")
+    assert clean.updates[-1] != bad.updates[-1]
+
+
+def test_a_shared_reference_reports_no_kl(broken):
+    """grpo: the logged KL is 0 to the bit. dpo: the loss is log 2 and the margin 0 in every step. The KL to the SFT
+    model, which the external evaluation measures, is neither."""
+    clean, bad = broken("grpo", "shared_ref")
+    assert all(m["kl"] == 0 for m in bad.updates) and bad.report["batch_kl"] == 0
+    assert bad.report["kl"] != 0 and any(m["kl"] != 0 for m in clean.updates)
+    clean, bad = broken("dpo", "shared_ref")
+    assert all(m["loss"] == pytest.approx(math.log(2)) and m["margin"] == 0 for m in bad.updates)
+    assert bad.report["kl"] != 0 and clean.updates[-1]["loss"] < 0.693
+    # The gradient is not 0. At the first step it is that of the clean run.
+    assert bad.updates[0]["grad_norm"] == pytest.approx(clean.updates[0]["grad_norm"], rel=1e-4) != 0
+
+
+def test_entropy_collapse_is_the_run_without_a_penalty(broken):
+    clean, bad = broken("grpo", "entropy_collapse")
+    assert clean.updates[0]["reward"] == bad.updates[0]["reward"] and clean.updates[0]["kl"] == bad.updates[0]["kl"]
+    for found in (clean.report, bad.report):
+        assert 0 <= found["pass@1"] <= found["pass@8"] <= found["pass@64"] <= 1
+    assert clean.report["pass@64_sft"] == bad.report["pass@64_sft"]
+
+
+@pytest.mark.parametrize("name", ["left_pad", "template_mismatch"])
+def test_asked_in_another_way(broken, name):
+    """The clean run's weights, and nothing but the prompts of the evaluation differs."""
+    clean, bad = broken("sft", name)
+    assert same_model(clean, bad) and not bad.updates
+
+
+def test_prompts_of_the_breaks(tok):
+    problems = task.problems(20, 0, "test")
+    padded = sft.asking(SimpleNamespace(break_="left_pad"), tok, problems)
+    prompts = [padded.prompt(p.text) for p in problems]
+    assert len({len(ids) for ids in prompts}) == 1
+    for p, ids in zip(problems, prompts):
+        real = tok.prompt(p.text)
+        assert ids[-len(real) :] == real and set(ids[: -len(real)]) <= {tok.pad}
+    assert min(ids.count(tok.pad) for ids in prompts) == 0  # the longest one
+    other = sft.asking(SimpleNamespace(break_="template_mismatch"), tok, problems)
+    assert tok.decode(other.prompt("How many?")) == "user: How many?\nassistant: "
+    same = sft.asking(SimpleNamespace(break_=None), tok, problems)
+    assert same.prompt("How many?") == tok.prompt("How many?")
+
+
+def test_contaminated_demonstrations(broken):
+    """As many demonstrations as in the clean run; those added are the held-out problems with their answers."""
+    problems = task.problems(3, 0, "test")
+    rows = sft.leaked(problems, copies=2)
+    assert len(rows) == 6 and rows[0] == rows[3] == {"prompt": problems[0].text, "chosen": f"#### {problems[0].answer}"}
+    clean, bad = broken("sft", "contaminated")
+    assert len(clean.updates) == len(bad.updates) and not same_model(clean, bad)
 
 
 @pytest.mark.parametrize("name", ["overoptimize_verifier", "self_correct"])

@@ -231,8 +231,8 @@ def test_error_rates_are_the_stated_ones(demos):
         bound = deviation(stated, len(correct))
         assert stated - bound < sum(correct) / len(correct) < stated + bound + 0.06
     assert sum(map(len, by_kind.values())) == N
-    # "Nearly six in ten are correct"
-    assert 0.5 < sum(map(sum, by_kind.values())) / N < 0.65
+    # "About half are correct"
+    assert 0.4 < sum(map(sum, by_kind.values())) / N < 0.6
     # Problems with and without misconceptions are both common, so accuracy depends on both kinds of error.
     assert 0.25 < 1 - len(by_kind[0]) / N < 0.75
 
@@ -276,7 +276,7 @@ def test_a_vote_removes_slips():
     for problem in easy:
         (winner, _), (_, second), *others = votes(problem).most_common()
         assert winner == problem.answer
-        assert second / 400 < 0.12 and len(others) >= 4
+        assert second / 400 < 0.25 and len(others) >= 4
 
 
 # --- preferences ---
@@ -307,7 +307,7 @@ def test_annotators_with_a_taste(annotator):
         judged[chosen, rejected] += 1
         if chosen == rejected:
             assert taste(pair["chosen"]) > taste(pair["rejected"])
-    assert all(judged[case] > 50 for case in ((True, False), (True, True), (False, False)))
+    assert all(judged[case] > 30 for case in ((True, False), (True, True), (False, False)))
     # If one is correct and one is wrong, taste does not decide: it often prefers the other one.
     mixed = [p for p in pairs if not is_correct(p["rejected"], p["answer"]) and is_correct(p["chosen"], p["answer"])]
     against = sum(taste(p["chosen"]) < taste(p["rejected"]) for p in mixed)
