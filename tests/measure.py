@@ -40,13 +40,9 @@ END = "<!-- The end of what measure.py writes. -->"
 # Running
 
 
-def parsed(script, flags):
-    """The arguments of `python SCRIPT.py FLAGS`."""
-    return runs.parse(script, importlib.import_module(script).parser(), list(map(str, flags)), breaks.of(script))
-
-
-def both(args):
-    """The runs.Run of these arguments; for a break those of both runs: [clean, broken]."""
+def both(script, flags):
+    """The runs.Run of `python SCRIPT.py FLAGS`; for a break those of both runs: [clean, broken]."""
+    args = runs.parse(script, importlib.import_module(script).parser(), list(map(str, flags)), breaks.of(script))
     return [runs.Run(runs.without_break(args)), runs.Run(args)] if getattr(args, "break_", None) else [runs.Run(args)]
 
 
@@ -59,7 +55,7 @@ def execute(script, flags, output=None):
 
 def trained(script, *flags):
     """The finished runs of `python SCRIPT.py FLAGS`, as in both()."""
-    found = both(parsed(script, flags))
+    found = both(script, flags)
     if not all(run.finished() for run in found) and execute(script, flags):
         sys.exit(f"{script}.py {' '.join(map(str, flags))} failed")
     return found
@@ -77,12 +73,17 @@ def set_aside(seed):
             path.parent.rename(target)
 
 
-def chain(report):
-    """{script: checksum of its code} of a run and of all runs whose models it was made from."""
-    found = {report["config"]["script"]: report["config"]["code"]}
-    for path in report["models"]:
-        earlier = runs.read_json(Path(path).parent.parent / "report.json")
-        found |= chain(earlier) if earlier else {}
+def chain(*reports):
+    """{script: checksum of its code} of these runs and of all runs whose models they were made from."""
+    found, todo, seen = {}, list(reports), set()
+    while todo:
+        report = todo.pop()
+        found[report["config"]["script"]] = report["config"]["code"]
+        # A circle is possible: distribution_shift reads the policy that was trained against its reward model.
+        for path in set(report["models"]) - seen:
+            seen.add(path)
+            earlier = runs.read_json(Path(path).parent.parent / "report.json")
+            todo += [earlier] if earlier else []
     return found
 
 
@@ -124,14 +125,11 @@ def measure(script, name, flags, seed):
     """The result of one break on one seed: from its file, or from runs, which are trained if they are missing.
     Exits with one line if the script fails."""
     words = [*([] if name == "clean" else ["--break", name]), *flags, "--seed", str(seed)]
-    found = both(args := parsed(script, words))
+    found = both(script, words)
     path = RESULTS / f"{found[-1].folder.name}.json"
     result = runs.read_json(path)
-    if not (
-        result
-        and result["config"] == found[-1].config
-        and all(runs.code_checksum(earlier) == code for earlier, code in result["chain"].items())
-    ):
+    same = result and result["config"] == found[-1].config
+    if not same or any(runs.code_checksum(name) != code for name, code in result["chain"].items()):
         made_with, log = commit(), Path("runs") / "logs" / f"{path.stem}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
@@ -139,16 +137,15 @@ def measure(script, name, flags, seed):
         if code or not all(run.finished() for run in found):  # code 0, not finished: the script was edited meanwhile
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
             sys.exit(f"{script}.py {' '.join(words)}: exit code {code}, {last[-1]}   (all of it: {log})")
-        reports = dict(zip(("clean", "broken"), (run.report for run in found)))
-        curves = [m for m in found[-1].metrics if "n" in m]  # what reasoning.py measured for every N
+        reports = {label: run.report for label, run in zip(("clean", "broken"), found)}
         result = {
             "script": script, "break": name, "flags": flags, "seed": seed, **made_with,
-            "machine": machine(args.device),
+            "machine": machine(found[0].device),
             "seconds": round(sum(report["seconds"] for report in reports.values()), 1),
             "reports": {label: {key: value for key, value in report.items() if type(value) in (int, float)}
                         for label, report in reports.items()},
-            **({"curves": curves} if curves else {}), "config": found[-1].config,
-            "chain": {script: code for run in found for script, code in chain(run.report).items()},
+            "curves": [m for m in found[-1].metrics if "n" in m],  # what reasoning.py measured for every N
+            "config": found[-1].config, "chain": chain(*(run.report for run in found)),
         }  # fmt: skip
     text = json.dumps(judged(result), indent=1) + "\n"
     runs.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -231,7 +228,7 @@ def details(results, metrics=None):
         if all(key in r["reports"][label] for r in results for label in labels):
             cells = (spread([r["reports"][label][key] for r in results]) for label in labels)
             lines.append(line(breaks.label(key), *cells))
-    if curves := [r["curves"] for r in results if "curves" in r]:
+    if curves := [r["curves"] for r in results if r["curves"]]:
         lines += ["", line("N", *(m["n"] for m in curves[0])), "|---" * (1 + len(curves[0])) + "|"]
         for key in (key for key in curves[0][0] if key not in ("n", "step")):
             lines.append(line(breaks.label(key), *(f"{mean([m[key] for m in same]):.3f}" for same in zip(*curves))))

@@ -123,6 +123,20 @@ def test_runs_of_other_code_are_set_aside(there, command):
     assert sorted(Path("runs").glob("dpo*")) == [run for run in runs if run.name != name]
 
 
+def test_the_chain_of_a_run_may_be_a_circle(tmp_path, monkeypatch):
+    """As with distribution_shift: the reward model's report names the policy, and the policy's the reward model. Models
+    that no run has made are not followed."""
+    monkeypatch.chdir(tmp_path)
+    reads = {"rm": ["grpo", "sft"], "grpo": ["rm", "sft"], "sft": ["base", "hub"], "base": []}
+    for name, models in reads.items():
+        models = {f"runs/{model}/model/model.safetensors": "sum" for model in models}
+        Path("runs", name).mkdir(parents=True)
+        report = {"config": {"script": name, "code": f"code of {name}"}, "models": models}
+        Path("runs", name, "report.json").write_text(json.dumps(report))
+    report = json.loads(Path("runs/rm/report.json").read_text())
+    assert measure.chain(report) == {name: f"code of {name}" for name in reads}
+
+
 def test_claims_are_those_of_todays_catalogue(there, command, monkeypatch):
     """The catalogue is no part of a run's code. A changed claim is checked on the numbers that are there."""
     entry, before = measure.breaks.entry("dpo", "flip_labels"), json.loads(result_file().read_text())
