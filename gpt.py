@@ -612,7 +612,7 @@ def load_model(where, device="cpu", bfloat16=False, scorer=False):
     try:
         config = GPTConfig(
             vocab_size=c["vocab_size"], block_size=c["n_positions"], n_layer=c["n_layer"],
-            n_head=c["n_head"], n_embd=c["n_embd"], tokenizer=c.get("tokenizer", "gpt2"),
+            n_head=c["n_head"], n_embd=c["n_embd"], tokenizer=c.get("tokenizer") or "gpt2",
             chat=c.get("chat", False),
         )  # fmt: skip
         model = GPT(config)

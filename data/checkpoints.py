@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data import runs
+from data import make_vocab, runs
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -23,6 +23,10 @@ SUPPORTED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+# The tokenizer that the config names, and the values of vocab_size that fit it. Files of others name none: there
+# gpt.load_model adds four rows, and a file with more rows than GPT-2 has other tokens in them than ours. An id beyond
+# the tokenizer's has no text but could be sampled, and a token without a row would be an IndexError.
+VOCABULARIES = {None: (50257,), "gpt2": (50257, 50261), "task": (len(make_vocab.read_ranks()) + 4,)}
 ERRORS = (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError)
 
 
@@ -43,7 +47,7 @@ def read(where):
 
 
 def unreadable(where, error):
-    cause = " ".join(str(error).split())[:200]
+    cause = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
     sys.exit(f"{where} is not a GPT-2 checkpoint that can be read: {type(error).__name__}: {cause}")
 
 
@@ -81,9 +85,12 @@ def refuse_unsupported(where, config, weights):
             sys.exit(f"{where}: {name} {config[name]!r} is not supported, only {supported[0]!r}")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         sys.exit(f"{where}: n_inner {config['n_inner']} is not supported, only four times n_embd")
-    if "tokenizer" not in config and config["vocab_size"] > 50257:
-        # GPT-2's tokenizer has no text for the other ids, and they could be sampled.
-        sys.exit(f"{where}: vocab_size {config['vocab_size']} is not supported, only GPT-2's 50257 tokens")
-    embedding = weights.get("transformer.wte.weight", weights.get("wte.weight"))
+    name, size = config.get("tokenizer"), config["vocab_size"]
+    if name not in VOCABULARIES:
+        sys.exit(f"{where}: tokenizer {name!r} is not supported, only 'gpt2' and 'task'")
+    if size not in VOCABULARIES[name]:
+        sizes = " or ".join(map(str, VOCABULARIES[name]))
+        sys.exit(f"{where}: vocab_size {size} is not supported, only {sizes} with the tokenizer {name or 'gpt2'}")
+    embedding = weights["transformer.wte.weight" if "transformer.wte.weight" in weights else "wte.weight"]
     if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"], embedding):
         sys.exit(f"{where}: an output layer of its own (lm_head) is not supported, only the tied embedding")

@@ -527,11 +527,13 @@ def run_once(train, args, reuse):
         sys.exit("The output was closed (by `| head`?): stopped. If there is a checkpoint, --resume continues from it.")
     except OSError as error:
         sys.exit(one_line(error, run.folder))
-    except RuntimeError as error:
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        smaller = [f"--{name}" for name in ("batch", "micro_batch", "max_tokens", "prompts") if hasattr(args, name)]
-        sys.exit(f"Out of memory: {str(error).splitlines()[0][:150]}. Try smaller values of {', '.join(smaller)}.")
+        names = ("batch", "micro_batch", "minibatch", "max_tokens", "prompts")
+        smaller = [f"--{name}" for name in names if hasattr(args, name)]
+        cause = (str(error).splitlines() or ["no more can be allocated"])[0][:150]
+        sys.exit(f"Out of memory: {cause}. Try smaller values of {', '.join(smaller)}.")
 
 
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))

@@ -1,37 +1,176 @@
-"""The tables of data/results/README.md: one break over several seeds, as mean (lowest to highest).
+"""Measure breaks over several seeds, and write the tables of data/results/README.md.
 
-    python tests/measure.py dpo flip_labels --seeds 101 102 103 104 105
-    python tests/measure.py grpo clean --max_steps 1000 --reward checker      a run without a break
+    python tests/measure.py --all --seeds 201 202 203 204 205     every break of data/breaks.py
+    python tests/measure.py --all --only grpo flip_labels         only these scripts or breaks
+    python tests/measure.py dpo flip_labels --seeds 101 102       one break, with all of its numbers
+    python tests/measure.py grpo clean --max_steps 1000           a run without a break
+    python tests/measure.py --tables                              only write the tables, from data/results/*.json
 
-A seed stands for a whole chain: base model, SFT model, data and evaluation are made anew for each seed. Flags that
-are not known here are passed to the script. Runs are kept under runs/ in the current folder. A run is trained only
-if it is missing or the code has changed since, so a second call only prints.
+A seed stands for a whole chain: base model, SFT model, data and evaluation are made anew for each seed. Flags that are
+not known here are passed to the scripts. Runs are kept under runs/ in the current folder, and the numbers of each
+result in data/results/NAME.json, where NAME is the name of the run. Both are used again only while the code that made
+them is unchanged. So a call that was interrupted continues where it stopped, and one that is complete only prints.
+--jobs 2 measures two seeds at a time, each on one core.
 """
 
 import argparse
 import importlib
+import json
+import os
+import platform
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import breaks, runs
 
 REPO = runs.HERE
+RESULTS = REPO / "data" / "results"
+BEGIN = "<!-- Written by `python tests/measure.py --tables`, from the .json files beside this one. Do not edit. -->"
+END = "<!-- The end of what measure.py writes. -->"
+
+# ---------------------------------------------------------------------------------------------
+# Running
+
+
+def both(script, flags):
+    """The runs.Run of `python SCRIPT.py FLAGS`; for a break those of both runs: [clean, broken]."""
+    args = runs.parse(script, importlib.import_module(script).parser(), list(map(str, flags)), breaks.of(script))
+    return [runs.Run(runs.without_break(args)), runs.Run(args)] if getattr(args, "break_", None) else [runs.Run(args)]
+
+
+def execute(script, flags, output=None):
+    """The exit code of `python SCRIPT.py FLAGS`. In a process of its own: the report contains the process's peak
+    memory. --resume keeps what is there."""
+    command = [sys.executable, REPO / f"{script}.py", *map(str, flags), "--resume"]
+    return subprocess.run(command, stdout=output, stderr=output).returncode
 
 
 def trained(script, *flags):
-    """The finished runs.Run of `python SCRIPT.py FLAGS`, and for a break those of both runs: [clean, broken]."""
-    flags = list(map(str, flags))
-    args = runs.parse(script, importlib.import_module(script).parser(), flags, breaks.of(script))
-    found = [runs.Run(args)]
-    if getattr(args, "break_", None):
-        found.insert(0, runs.Run(argparse.Namespace(**{**vars(args), "break_": None})))
-    if not all(run.finished() for run in found):
-        # In a process of its own: the report contains the peak memory of the process. --resume keeps what is there.
-        subprocess.run([sys.executable, REPO / f"{script}.py", *flags, "--resume"], check=True)
+    """The finished runs of `python SCRIPT.py FLAGS`, as in both()."""
+    found = both(script, flags)
+    if not all(run.finished() for run in found) and execute(script, flags):
+        sys.exit(f"{script}.py {' '.join(map(str, flags))} failed")
     return found
+
+
+def set_aside(seed):
+    """Move the runs of this seed that other code has made to runs/stale-CODE/. A script would use an earlier chapter's
+    model although its code has changed (see runs.made_by); the tables shall not."""
+    for path in Path("runs").glob("*/config.json"):
+        config = runs.read_json(path)
+        if config.get("seed") == seed and config["code"] != runs.code_checksum(config["script"]):
+            target = Path("runs") / f"stale-{config['code']}" / path.parent.name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            path.parent.rename(target)
+
+
+def chain(*reports):
+    """{script: checksum of its code} of these runs and of all runs whose models they were made from."""
+    found, todo, seen = {}, list(reports), set()
+    while todo:
+        report = todo.pop()
+        found[report["config"]["script"]] = report["config"]["code"]
+        # A circle is possible: distribution_shift reads the policy that was trained against its reward model.
+        for path in set(report["models"]) - seen:
+            seen.add(path)
+            earlier = runs.read_json(Path(path).parent.parent / "report.json")
+            todo += [earlier] if earlier else []
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+
+
+def commit():
+    """The commit that is checked out, and whether a file of it has been edited (the results do not count)."""
+    try:
+        git = ["git", "-C", str(REPO)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        edited = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)data/results"]
+        return {"commit": head, "dirty": bool(subprocess.run(edited, capture_output=True, check=True).stdout)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "dirty": True}
+
+
+def machine(device):
+    cores = f"{os.cpu_count()} cores ({platform.machine()}), {os.environ.get('OMP_NUM_THREADS', 'all')} used per run"
+    return f"{cores}, torch {torch.__version__} on {torch.cuda.get_device_name() if 'cuda' in device else device}"
+
+
+def judged(result):
+    """The result with the claims of today's catalogue: their sentences, values, and whether they hold."""
+    if result["break"] != "clean":
+        entry, reports = breaks.entry(result["script"], result["break"]), result["reports"]
+        claims = entry.claims + (() if result["config"].get("data") else entry.task_claims)
+        known = set(reports["clean"]) & set(reports["broken"])  # real data without gold answers has no accuracy
+        result["claims"] = [
+            {"claim": claim.text(reports), "left": claim.left.value(reports), "right": claim.right.value(reports),
+             "holds": claim.holds(reports)}
+            for claim in claims if known.issuperset(claim.metrics)
+        ]  # fmt: skip
+    return result
+
+
+def measure(script, name, flags, seed):
+    """The result of one break on one seed: from its file, or from runs, which are trained if they are missing.
+    Exits with one line if the script fails."""
+    words = [*([] if name == "clean" else ["--break", name]), *flags, "--seed", str(seed)]
+    found = both(script, words)
+    path = RESULTS / f"{found[-1].folder.name}.json"
+    result = runs.read_json(path)
+    same = result and result["config"] == found[-1].config
+    if not same or any(runs.code_checksum(name) != code for name, code in result["chain"].items()):
+        made_with, log = commit(), Path("runs") / "logs" / f"{path.stem}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w", encoding="utf-8") as file:
+            code = execute(script, words, file)
+        if code or not all(run.finished() for run in found):  # code 0, not finished: the script was edited meanwhile
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+            sys.exit(f"{script}.py {' '.join(words)}: exit code {code}, {last[-1]}   (all of it: {log})")
+        reports = {label: run.report for label, run in zip(("clean", "broken"), found)}
+        result = {
+            "script": script, "break": name, "flags": flags, "seed": seed, **made_with,
+            "machine": machine(found[0].device),
+            "seconds": round(sum(report["seconds"] for report in reports.values()), 1),
+            "reports": {label: {key: value for key, value in report.items() if type(value) in (int, float)}
+                        for label, report in reports.items()},
+            "curves": [m for m in found[-1].metrics if "n" in m],  # what reasoning.py measured for every N
+            "config": found[-1].config, "chain": chain(*(run.report for run in found)),
+        }  # fmt: skip
+    text = json.dumps(judged(result), indent=1) + "\n"
+    runs.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return result
+
+
+def measure_seed(seed, wanted, flags, stop):
+    """The results of all wanted (script, break) on one seed, in their order. After one that fails, the next follows."""
+    results = []
+    for script, name in wanted:
+        if stop.is_set():
+            break
+        set_aside(seed)
+        try:
+            results.append(measure(script, name, flags, seed))
+        except SystemExit as error:
+            print(f"seed {seed}: {error}", flush=True)
+        else:
+            held = "" if name == "clean" else ", " + ("reproduced" if reproduced(results[-1]) else "NOT reproduced")
+            print(f"seed {seed}: {script} {name}{held}, {results[-1]['seconds']:.0f} s", flush=True)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
 
 
 def mean(values):
@@ -42,8 +181,12 @@ def spread(values, digits=3):
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def line(*cells):
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
 def row(*cells):
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print(line(*cells), flush=True)
 
 
 def header(*cells):
@@ -51,47 +194,116 @@ def header(*cells):
     print("|---" * len(cells) + "|")
 
 
-def print_curves(seeds):
-    """What reasoning.py measured for every N: a row per way of selecting, a column per N, means over the seeds."""
-    curves = [[m for m in found[-1].metrics if "n" in m] for found in seeds]
-    if curves[0]:
-        print()
-        header("N", *(m["n"] for m in curves[0]))
-        for key in curves[0][0]:
-            if key not in ("n", "step"):
-                row(key, *(f"{mean([m[key] for m in column]):.3f}" for column in zip(*curves)))
+def reproduced(result):
+    return all(claim["holds"] for claim in result["claims"])
 
 
-def print_claims(seeds, numbers, entry, embedded):
-    """On how many seeds all claims hold; and every claim that does not, with its measured values."""
-    claims, failed = entry.claims + (entry.task_claims if embedded else ()), {}
-    for number, (clean, broken) in zip(numbers, seeds):
-        reports = {"clean": clean.report, "broken": broken.report}
-        failed[number] = [claim.text(reports) for claim in claims if not claim.holds(reports)]
-    print(f"\nreproduced on {sum(not some for some in failed.values())} of {len(failed)} seeds")
-    for number, some in failed.items():
-        for sentence in some:
-            print(f"  seed {number}: does not hold: {sentence}")
+def groups(results):
+    """{(script, break, flags): results of all seeds}, in the order of the catalogue; runs without a break come last."""
+    order, found = {(entry.script, entry.name): place for place, entry in enumerate(breaks.BREAKS)}, {}
+    for result in sorted(results, key=lambda r: (order.get((r["script"], r["break"]), 99), r["seed"])):
+        found.setdefault((result["script"], result["break"], tuple(result["flags"])), []).append(result)
+    return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("script", help="gpt, sft, reward_model, ppo, grpo, dpo, reasoning or tools")
-    parser.add_argument("break_", metavar="break", help="the name of the break, or clean")
+def overview(found):
+    """Lines: one row per break, on how many seeds all of its claims hold, and the claims that do not."""
+    lines = [line("break", "reproduced", "seeds", "claims that failed"), "|---" * 4 + "|"]
+    for (script, name, flags), results in found.items():
+        if name != "clean":
+            failed = [f"{r['seed']}: {c['claim']}" for r in results for c in r["claims"] if not c["holds"]]
+            seeds, held = " ".join(str(r["seed"]) for r in results), sum(map(reproduced, results))
+            words = " ".join([f"{script}.py --break {name}", *flags])
+            lines.append(line(f"`{words}`", f"{held} of {len(results)}", seeds, "<br>".join(failed)))
+    return lines
+
+
+def details(results, metrics=None):
+    """Lines: a row per metric and a column per run, over the seeds; then the curves of reasoning.py, if there are."""
+    labels = list(results[0]["reports"])
+    rows = metrics or [key for key in results[0]["reports"]["clean"] if key not in ("seconds", "peak_gb")]
+    lines = [line("", *(results[0]["break"] if label == "broken" else label for label in labels))]
+    lines.append("|---" * (1 + len(labels)) + "|")
+    for key in dict.fromkeys(rows):
+        if all(key in r["reports"][label] for r in results for label in labels):
+            cells = (spread([r["reports"][label][key] for r in results]) for label in labels)
+            lines.append(line(breaks.label(key), *cells))
+    if curves := [r["curves"] for r in results if r["curves"]]:
+        lines += ["", line("N", *(m["n"] for m in curves[0])), "|---" * (1 + len(curves[0])) + "|"]
+        for key in (key for key in curves[0][0] if key not in ("n", "step")):
+            lines.append(line(breaks.label(key), *(f"{mean([m[key] for m in same]):.3f}" for same in zip(*curves))))
+    return lines
+
+
+def write_tables():
+    """Replace what stands between the two marks of README.md. The rest of the file is written by hand and kept."""
+    readme = RESULTS / "README.md"
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{readme} lacks the marks between which the tables belong:\n{BEGIN}\n{END}")
+    found = groups(runs.read_json(path) for path in sorted(RESULTS.glob("*.json")))
+    lines = overview(found)
+    for (script, name, flags), results in found.items():
+        metrics = None
+        if name != "clean":
+            entry = breaks.entry(script, name)
+            metrics = (*entry.dashboard, *entry.external)
+        lines += ["", f"### `{script}.py`, `{name}`" + (f", `{' '.join(flags)}`" if flags else ""), ""]
+        lines += [entry.summary[0].upper() + entry.summary[1:] + ".", ""] if metrics else []
+        seeds = " ".join(str(r["seed"]) for r in results)
+        lines += [f"`python tests/measure.py {' '.join([script, name, *flags])} --seeds {seeds}`", ""]
+        lines += details(results, metrics)
+        commits = {f"`{r['commit'][:7]}`" + (" with edits" if r["dirty"] else "") for r in results}
+        lines += ["", f"Mean (lowest to highest) of {len(results)} seeds. Commit {', '.join(sorted(commits))}; "
+                  f"{'; '.join(sorted({r['machine'] for r in results}))}; "
+                  f"{spread([r['seconds'] for r in results], 0)} seconds per seed."]  # fmt: skip
+    text = before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + after
+    runs.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+    print(f"{readme}: {sum(map(len, found.values()))} results, {len(found)} tables")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    # SCRIPT BREAK come first, if at all. Flags of the scripts may follow, so argparse cannot tell them from values.
+    one = tuple(argv[:2]) if argv and not argv[0].startswith("-") else None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
+                                     usage="measure.py (SCRIPT BREAK | --all | --tables) [options]",
+                                     allow_abbrev=False)  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="measure every break")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="with --all: these scripts or breaks")
+    parser.add_argument("--tables", action="store_true", help="write the tables of data/results/README.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    args, flags = parser.parse_known_args()
-    chosen = [] if args.break_ == "clean" else ["--break", args.break_]
-    seeds = [trained(args.script, *chosen, *flags, "--seed", seed) for seed in args.seeds]
-    print(f"\n{args.script}.py {args.break_} {' '.join(flags)}, seeds {args.seeds}: mean (lowest to highest)\n")
-    header("", *(run.label for run in seeds[0]))
-    columns = [[run.report for run in column] for column in zip(*seeds)]
-    for key, value in columns[0][0].items():
-        if isinstance(value, (int, float)) and all(key in report for reports in columns for report in reports):
-            row(key, *(spread([report[key] for report in reports]) for reports in columns))
-    print_curves(seeds)
-    if chosen:
-        embedded = not seeds[0][0].config.get("data")
-        print_claims(seeds, args.seeds, breaks.entry(args.script, args.break_), embedded)
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; with 2 or more, each on one core")
+    args, flags = parser.parse_known_args(argv[2:] if one else argv)
+    wanted = [one] if one else [(entry.script, entry.name) for entry in breaks.BREAKS] if args.all else []
+    for name in args.only:
+        if not any(name in pair for pair in wanted):
+            parser.error(f"--only {name}: no such script or break")
+    wanted = [pair for pair in wanted if not args.only or set(pair) & set(args.only)]
+    if not wanted and not args.tables:
+        parser.error("nothing to measure")
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts
+    for script, _ in wanted:  # here, not in two threads at the same time
+        importlib.import_module(script)
+    stop = threading.Event()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(measure_seed, seed, wanted, flags, stop) for seed in args.seeds if wanted]
+        try:
+            results = [result for job in jobs for result in job.result()]
+        except KeyboardInterrupt:  # the scripts have received it too: they save, and the same command continues
+            stop.set()
+            sys.exit(130)
+    if results:
+        found = groups(results)
+        print("\n" + "\n".join(overview(found)))
+        if one:
+            print("\nmean (lowest to highest)\n\n" + "\n".join(details(results)))
+    if args.tables:
+        write_tables()
+    if len(results) < len(wanted) * len(args.seeds):
+        sys.exit(f"{len(wanted) * len(args.seeds) - len(results)} results are missing: see above, then run it again.")
 
 
 if __name__ == "__main__":

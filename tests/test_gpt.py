@@ -31,10 +31,11 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import gpt
-from data import make_vocab, task
+from data import checkpoints, make_vocab, task
 from data.runs import rng
 
 REAL = os.environ.get("REAL_DATA_DIR")
+pytestmark = pytest.mark.usefixtures("tiny_vocabulary")
 
 
 def new_cache(model, batch, length=CONTEXT):
@@ -583,11 +584,16 @@ def test_merge_joins_from_the_left():
     assert make_vocab.merge((b"a", b"b", b"c"), (b"a", b"b")) == (b"ab", b"c")
 
 
-def test_gpt2_tokens_equal_tiktokens(monkeypatch):
+@pytest.fixture
+def gpt2_files(monkeypatch):
+    """tiktoken finds GPT-2's vocabulary without a network."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         if not REAL or not os.path.isdir(os.path.join(REAL, "tiktoken")):
             pytest.skip("neither TIKTOKEN_CACHE_DIR nor REAL_DATA_DIR/tiktoken names GPT-2's files")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(REAL, "tiktoken"))
+
+
+def test_gpt2_tokens_equal_tiktokens(gpt2_files):
     gpt2, tok, source = tiktoken.get_encoding("gpt2"), gpt.Tokenizer("gpt2"), random.Random(0)
     assert tok.encode("Hello world") == [15496, 995]
     for text in (random_text(source, 60) for _ in range(200)):
@@ -719,12 +725,12 @@ def test_no_model(tmp_path, monkeypatch):
     exits(gpt.load_model, "gpt2", match="gpt2 could not be downloaded .ConnectionError")
 
 
-NOT_GPT2 = ["{", "{}", "[]", "null", {"vocab_size": None}, {"n_layer": 3}, {"n_positions": 12}]
+NOT_GPT2 = ["{", "{}", "[]", "null", {"n_embd": None}, {"tokenizer": []}, {"n_layer": 3}, {"n_positions": 12}]
 
 
 @pytest.mark.parametrize("config", NOT_GPT2)
 def test_a_config_that_does_not_fit(tmp_path, config):
-    """No JSON, no object, a value missing, layers missing, weights of another size."""
+    """No JSON, no object, a value missing or of another type, layers missing, weights of another size."""
     random_model().save(tmp_path)
     if isinstance(config, dict):
         config = json.dumps(json.loads((tmp_path / "config.json").read_text()) | config)
@@ -791,6 +797,37 @@ def test_weights_in_several_files(tmp_path):
     exits(gpt.load_model, str(tmp_path), match=parts[0].name)
 
 
-def test_a_vocabulary_with_ids_without_text_is_refused(tmp_path):
-    hugging_face(50258).save_pretrained(tmp_path)
-    exits(gpt.load_model, str(tmp_path), match="vocab_size 50258")
+def test_only_the_vocabulary_of_the_tokenizer_is_accepted(tmp_path, tok):
+    """Too many rows: ids without a text could be sampled. Too few: a token of a prompt has no row."""
+    model, sizes = random_model(vocab_size=tok.vocab_size), [tok.vocab_size - 1, tok.vocab_size + 1, 50257, None]
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert gpt.load_model(str(tmp_path)).config.vocab_size == tok.vocab_size
+    for change in [*({"vocab_size": size} for size in sizes), {"tokenizer": "gpt2"}, {"tokenizer": "other"}]:
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        exits(gpt.load_model, str(tmp_path), match="(vocab_size|tokenizer) .* is not supported, only")
+
+
+@pytest.mark.parametrize("size", [256, 21128, 50256, 50258, 50261, 50304])
+def test_a_file_that_names_no_tokenizer_has_gpt2s_vocabulary(tmp_path, size):
+    """With 50261 rows, the last four are not our chat tokens."""
+    hugging_face(size).save_pretrained(tmp_path)
+    exits(gpt.load_model, str(tmp_path), match=f"vocab_size {size} is not supported, only 50257")
+
+
+@pytest.mark.parametrize("vocabulary", ["task", "gpt2"])
+def test_every_id_of_an_accepted_vocabulary_has_a_text(vocabulary, request):
+    """So nothing that is sampled is without one."""
+    if vocabulary == "gpt2":
+        request.getfixturevalue("gpt2_files")
+    tok = gpt.Tokenizer(vocabulary)
+    assert tok.vocab_size in checkpoints.VOCABULARIES[vocabulary]
+    assert all(tok.decode([i]) for i in range(tok.vocab_size))
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    random_model().save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("transformer.wte.weight", "transformer.ln_f.bias"):
+        save_file({n: w for n, w in weights.items() if n != name}, tmp_path / "model.safetensors")
+        exits(gpt.load_model, str(tmp_path), match=f"{name.removeprefix('transformer.')}' is missing")

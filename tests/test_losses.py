@@ -442,7 +442,7 @@ def test_equal_to_trls_orpo():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, tiny_vocabulary):
     """Policy and reference: random GPT-2s of transformers with TRL's head, and ours from their files."""
     transformers = pytest.importorskip("transformers")
     utils = pytest.importorskip("trl.trainer.utils")

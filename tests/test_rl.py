@@ -728,7 +728,7 @@ def test_equal_to_trls_grpo_trainer(how, beta, low, high, on_policy):
 
 
 @pytest.mark.parametrize("how", ["grpo", "dapo", "dr_grpo"])
-def test_equal_to_trl_from_ids_to_gradient(tmp_path, how):
+def test_equal_to_trl_from_ids_to_gradient(tmp_path, tiny_vocabulary, how):
     """The same weights, the same ids: the same loss and the same gradient of the embedding."""
     transformers = pytest.importorskip("transformers")
     utils = pytest.importorskip("trl.trainer.utils")

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import exits
 
 import dpo
 import gpt
 import grpo
 import ppo
+import sft
 from data import breaks, runs
 
 # --- random choices ---
@@ -54,7 +56,7 @@ def test_every_epoch_visits_each_example_once():
 
 
 def parse(script, *argv):
-    module = {"gpt": gpt, "dpo": dpo, "grpo": grpo, "ppo": ppo}[script]
+    module = {"gpt": gpt, "dpo": dpo, "grpo": grpo, "ppo": ppo, "sft": sft}[script]
     return runs.parse(script, module.parser(), ["--device", "cpu", *argv], breaks.of(script))
 
 
@@ -302,14 +304,21 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, monkeypatch):
         run.finished()
 
 
-@pytest.mark.parametrize("error, words", [(OSError(28, "No space left on device", "runs/x"), "runs/x: No space"),
-                                          (RuntimeError("can't allocate memory: you tried"), "--batch")])  # fmt: skip
-def test_errors_of_the_machine_are_one_line(error, words, capsys):
+def test_errors_of_the_machine_are_one_line():
     def train(args):
-        raise error
+        raise OSError(28, "No space left on device", "runs/x")
 
-    with pytest.raises(SystemExit, match=words):
-        runs.run_once(train, parse("dpo"), reuse=False)
+    exits(runs.run_once, train, parse("dpo"), False, match="runs/x: No space")
+
+
+@pytest.mark.parametrize("script, flags", [("dpo", "--batch, --max_tokens"), ("sft", "--batch, --micro_batch"),
+                                           ("ppo", "--minibatch, --max_tokens, --prompts")])  # fmt: skip
+def test_out_of_memory_names_the_flags(script, flags):
+    """Of torch, where more is asked for than any machine has, and of Python, without a text."""
+    for take in (lambda args: torch.empty(2**46), lambda args: bytearray(2**61)):
+        exits(runs.run_once, take, parse(script), False, match=f"^Out of memory: .*smaller values of {flags}")
+    with pytest.raises(RuntimeError, match="shapes"):  # another error is not taken for one
+        runs.run_once(lambda args: torch.ones(2, 3) @ torch.ones(2, 3), parse(script), False)
 
 
 # --- the file system ---

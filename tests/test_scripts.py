@@ -522,10 +522,11 @@ shrink(tools, demos=32, batch=8, problems=5, eval_every=2, max_tokens=30, prompt
 
 @pytest.fixture
 def chain(run, tmp_path):
-    """chain(script, *flags): what is printed by a tiny run of a script that starts from nothing but tmp_path/runs."""
+    """chain(script, *flags): what is printed by a tiny run of a script that starts from nothing but tmp_path/runs.
+    edit=(old, new): replace something in CHAIN, as somebody who edits a script would."""
 
-    def chain(script, *flags):
-        (tmp_path / "chain.py").write_text(CHAIN.format(repo=str(REPO), script=script))
+    def chain(script, *flags, edit=("", "")):
+        (tmp_path / "chain.py").write_text(CHAIN.replace(*edit).format(repo=str(REPO), script=script))
         return run(tmp_path, "chain", *flags, repo=tmp_path).out
 
     return chain
@@ -571,6 +572,11 @@ def test_missing_reward_model_is_made(chain, tmp_path):
     assert same_model(clean, broken)
     for name in ("loss", "held_out_accuracy", "terse_beats_padded", "corr_length"):
         assert broken.report[name] == clean.report[name]
+    # Run again, the policy is reused. If the reward model has changed, the policy that was trained against the old one
+    # is not: it has the same flags, and the reward model has the same folder.
+    assert not missing(chain("reward_model", "--break", "distribution_shift"))
+    edit = ("pairs=16, steps=4", "pairs=16, steps=5")
+    assert missing(chain("reward_model", "--break", "distribution_shift", edit=edit)) == [line]
 
 
 def test_no_cot_makes_its_own_model(chain, tmp_path):

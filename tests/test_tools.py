@@ -168,22 +168,26 @@ def test_known_attacks(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("error")  # the parser must not warn about its input either
 def test_fuzz(tmp_path, monkeypatch):
-    """10^5 inputs: pieces of the grammar in any order, allowed characters, mutated calls, random bytes."""
+    """10^5 inputs: pieces of the grammar in any order, allowed characters, mutated calls and attacks, random bytes.
+    None is executed (many attacks would leave a file), and none takes longer than 50 ms."""
     monkeypatch.chdir(tmp_path)
     source, allowed = random.Random(2), "0123456789.+-*/%() "
+    attacks = [text[:200] for text in ATTACKS] + ["open('x','w')"] * 40
     pieces = [*allowed, "//", "**", "99999999", "0.", ".5", "()", "--", "1e9", "_", "a", "'"]
     for i in range(100_000):
-        if i % 4 == 0:
+        if i % 5 == 0:
             text = "".join(source.choice(pieces) for _ in range(source.randint(0, 30)))
-        elif i % 4 == 1:  # these all reach the parser
+        elif i % 5 == 1:  # these all reach the parser
             text = "".join(source.choice(allowed) for _ in range(source.randint(0, 100)))
-        elif i % 4 == 2:
+        elif i % 5 in (2, 3):
             text = f"({source.randrange(999)}+{source.randrange(99)})*{source.randrange(99)}/{source.randrange(9)}"
+            if i % 5 == 3:
+                text = source.choice(attacks) + source.choice(["", "*2", "*" + source.choice(attacks)])
             at = source.randrange(len(text))
             other = source.choice(["", chr(source.randrange(0x11000)), source.choice(pieces)])
             text = text[:at] + other + text[at + 1 :]
         else:
-            encoding = "latin-1" if i % 8 == 3 else "utf-8"
+            encoding = "latin-1" if i % 2 else "utf-8"
             text = source.randbytes(source.randint(0, 60)).decode(encoding, "replace")
         found = limited(text)
         assert found[0] == "?" or (len(found) < 26 and Fraction(found) is not None), text

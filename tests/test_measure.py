@@ -1,0 +1,218 @@
+"""measure.py on tiny runs: what a result holds, when it is used again, and the tables that are written from it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import measure
+import pytest
+from server import REPO, copy_of_repo
+
+pytest_plugins = ["server"]
+
+ALL = ["--all", "--only", "flip_labels", "label_noise", "--seeds", "1", "2"]
+ONE = ["dpo", "flip_labels", "--seeds", "1"]
+README = f"# By hand\n\nabove\n\n{measure.BEGIN}\n\nold\n\n{measure.END}\n\nbelow\n"
+
+
+@pytest.fixture(scope="module")
+def command(start, tiny):
+    """command(*argv): the breaks that measure.py runs for them, with tiny flags, as forks of the test server."""
+    started = []
+
+    def execute(script, flags, output):
+        started.append(flags[1])
+        job = start(Path.cwd(), script, *map(str, flags), "--resume").wait()
+        output.write(job.out + job.err)
+        return job.code
+
+    def command(*argv):
+        started.clear()
+        measure.main([*argv, *command.flags])
+        return started
+
+    command.flags = [*tiny("dpo"), "--problems", "1", "--steps", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "execute", execute)
+        patch.setattr(measure, "RESULTS", Path("results"))
+        yield command
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """A folder with the runs and results of ALL."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("results").mkdir()
+        Path("results/README.md").write_text(README, encoding="utf-8")
+        assert sorted(command(*ALL)) == ["flip_labels"] * 2 + ["label_noise"] * 2
+    return folder
+
+
+@pytest.fixture
+def there(whole, tmp_path, monkeypatch):
+    """The current folder is a copy of `whole`."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def results():
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in Path("results").glob("*.json")}
+
+
+def result_file():
+    """The file of the result of ONE."""
+    (path,) = Path("results").glob("dpo-flip_labels*seed=1.json")
+    return path
+
+
+def test_a_result(there, command):
+    found = results()
+    both = [(name, seed) for name in ("flip_labels", "label_noise") for seed in (1, 2)]
+    assert sorted((r["break"], r["seed"]) for r in found.values()) == both
+    for name, result in found.items():
+        report = json.loads((Path("runs") / name / "report.json").read_text())  # it has the name of its run
+        assert result["reports"]["broken"] == {k: v for k, v in report.items() if type(v) in (int, float)}
+        assert {c["claim"]: c["holds"] for c in result["claims"]} == report["claims"]
+        for claim in result["claims"]:
+            more, less = claim["left"] > claim["right"], claim["left"] < claim["right"]
+            assert claim["holds"] == (less if " < " in claim["claim"] else more)
+        assert result["chain"]["dpo"] == report["config"]["code"] and result["flags"] == command.flags
+        assert "sft" in result["chain"] and "gpt" in result["chain"]  # what the model of --load was made with
+        assert len(result["commit"]) == 40 and "cores" in result["machine"] and "torch" in result["machine"]
+        assert result["seconds"] >= 0 and len(json.dumps(result)) < 10_000
+
+
+def test_only_what_is_missing_is_measured(there, command, capsys):
+    before = results()
+    assert command(*ALL) == [] and results() == before
+    out = capsys.readouterr().out
+    assert "| `dpo.py --break flip_labels" in out and out.count(" of 2 | 1 2 |") == 2
+    result_file().unlink()
+    assert command(*ALL) == ["flip_labels"] and results().keys() == before.keys()
+
+
+def test_a_run_without_a_break(there, command, capsys):
+    assert len(command("dpo", "clean", "--seeds", "1")) == 1
+    (result,) = (result for result in results().values() if result["break"] == "clean")
+    assert list(result["reports"]) == ["clean"] and "claims" not in result
+    value = result["reports"]["clean"]["kl"]
+    assert f"| KL to the reference (nats) | {value:.3f} ({value:.3f} to {value:.3f}) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_a_result_of_other_code_is_measured_again(there, command, script):
+    """Also if only the code of an earlier chapter has changed."""
+    path, result = result_file(), json.loads(result_file().read_text())
+    path.write_text(json.dumps(result | {"chain": result["chain"] | {script: "other code"}}))
+    assert command(*ONE) == ["flip_labels"]
+    assert json.loads(path.read_text())["chain"] == result["chain"]
+
+
+def test_runs_of_other_code_are_set_aside(there, command):
+    """They are not deleted, and those of other seeds stay."""
+    runs, name = sorted(Path("runs").glob("dpo*")), result_file().stem
+    config = Path("runs") / name / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"code": "other"}))
+    assert command(*ONE) == []  # the result is good, and its run is not needed
+    assert (Path("runs/stale-other") / name / "report.json").is_file()
+    assert sorted(Path("runs").glob("dpo*")) == [run for run in runs if run.name != name]
+
+
+def test_the_chain_of_a_run_may_be_a_circle(tmp_path, monkeypatch):
+    """As with distribution_shift: the reward model's report names the policy, and the policy's the reward model. Models
+    that no run has made are not followed."""
+    monkeypatch.chdir(tmp_path)
+    reads = {"rm": ["grpo", "sft"], "grpo": ["rm", "sft"], "sft": ["base", "hub"], "base": []}
+    for name, models in reads.items():
+        models = {f"runs/{model}/model/model.safetensors": "sum" for model in models}
+        Path("runs", name).mkdir(parents=True)
+        report = {"config": {"script": name, "code": f"code of {name}"}, "models": models}
+        Path("runs", name, "report.json").write_text(json.dumps(report))
+    report = json.loads(Path("runs/rm/report.json").read_text())
+    assert measure.chain(report) == {name: f"code of {name}" for name in reads}
+
+
+def test_claims_are_those_of_todays_catalogue(there, command, monkeypatch):
+    """The catalogue is no part of a run's code. A changed claim is checked on the numbers that are there."""
+    entry, before = measure.breaks.entry("dpo", "flip_labels"), json.loads(result_file().read_text())
+    monkeypatch.setitem(entry.__dict__, "claims", (measure.breaks.broken("loss") < 1000.0,))
+    assert command(*ONE) == []
+    after = json.loads(result_file().read_text())
+    assert after["claims"][0]["right"] == 1000 and after["reports"] == before["reports"]
+
+
+def test_a_script_that_fails_does_not_stop_the_others(there, command, monkeypatch, capsys):
+    for path in Path("results").glob("*seed=1.json"):
+        path.unlink()
+    execute = measure.execute
+
+    def full(script, flags, output):
+        if "flip_labels" in flags:
+            output.write("half a line\nNo space left\n")
+            return 1
+        return execute(script, flags, output)
+
+    monkeypatch.setattr(measure, "execute", full)
+    with pytest.raises(SystemExit, match="1 results are missing"):
+        command(*ALL)
+    assert len(results()) == 3
+    assert "exit code 1, No space left   (all of it: runs/logs/dpo-flip_labels" in capsys.readouterr().out
+
+
+def test_tables_are_written_from_the_results_alone(there):
+    shutil.rmtree("runs")
+    for path in Path("results").glob("dpo-flip_labels*.json"):
+        result = json.loads(path.read_text())
+        result["reports"]["broken"]["kl"] = float(result["seed"])
+        result["claims"][0]["holds"], result["commit"] = False, "abcdef0" * 5
+        path.write_text(json.dumps(result))
+    measure.main(["--tables"])
+    text = Path("results/README.md").read_text(encoding="utf-8")
+    assert text.startswith("# By hand\n\nabove\n") and text.endswith("\n\nbelow\n") and "old" not in text
+    flip, noise = text.split("### `dpo.py`, `")[1:]
+    assert flip.startswith("flip_labels`") and noise.startswith("label_noise`")  # as in the catalogue
+    (line,) = [line for line in flip.splitlines() if line.startswith("| KL")]
+    assert line.endswith("| 1.500 (1.000 to 2.000) |")
+    assert "`abcdef0`" in flip and "cores" in flip and "--seeds 1 2`" in flip and "of 2 seeds" in flip
+    assert "| 0 of 2 | 1 2 | 1: training loss" in text
+    measure.main(["--tables"])  # once more: the same
+    assert Path("results/README.md").read_text(encoding="utf-8") == text
+    Path("results/README.md").write_text("without the marks")
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        measure.main(["--tables"])
+    assert Path("results/README.md").read_text() == "without the marks"
+
+
+def test_the_readme_has_the_marks():
+    text = (REPO / "data" / "results" / "README.md").read_text(encoding="utf-8")
+    assert text.count(measure.BEGIN) == text.count(measure.END) == 1
+
+
+@pytest.mark.parametrize(
+    "line, words", [("--all --only dpo flip_label", "flip_label: no such"), ("--seeds 1", "nothing to measure")]
+)
+def test_wrong_names(line, words, capsys):
+    with pytest.raises(SystemExit):
+        measure.main(line.split())
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_seeds_at_a_time(command, tmp_path):
+    """The real command: processes of their own, two at a time, in a repository without git."""
+    repo = copy_of_repo(tmp_path / "repo")
+    (repo / "tests").mkdir()
+    shutil.copy(REPO / "tests" / "measure.py", repo / "tests")
+    (repo / "data" / "results").mkdir()
+    line = [sys.executable, repo / "tests" / "measure.py", *ONE, "2", "--jobs", "2", *command.flags, "--device", "cpu"]
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    made = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    found = [json.loads(path.read_text()) for path in (repo / "data" / "results").glob("*.json")]
+    assert sorted(r["seed"] for r in found) == [1, 2] and all(r["commit"] == "unknown" for r in found)
+    assert all("1 used per run" in r["machine"] for r in found) and " of 2 | 1 2 |" in made.stdout
