@@ -156,8 +156,10 @@ def points(metrics, key, x=None):
     return x, xs, ys
 
 
-X_NAMES = {"test_sqrt_kl": "distance: square root of the KL (nats)", "n": "N answers per problem"}
-FRACTION = re.compile(r"accuracy|fraction|vote|oracle|pass@|best_of_n|chosen|recovered|distinct|check|ended")
+X_NAMES = {"test_sqrt_kl": "distance: square root of the KL (nats)", "n": "N answers"}
+FRACTION = re.compile(
+    r"accuracy|fraction|vote|oracle|pass@|best_of_n|chosen|recovered|distinct|check|ended|opening|confident|miscalc|groups"
+)
 
 
 def number(value):
@@ -165,9 +167,11 @@ def number(value):
 
 
 def rounded(low, high):
-    """The range of a vertical axis: a little more than the values, from one round number to another."""
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    """The range of a vertical axis: a little more than the values, from one round number to another. It is not less
+    than a twentieth of the values: a change that small would look large."""
+    least = 0.05 * max(abs(low), abs(high)) or 1.0
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
     unit = 10 ** math.floor(math.log10(high - low))
     unit *= next(f for f in (0.2, 0.5, 1, 2) if (high - low) / (unit * f) <= 8)
     return math.floor(low / unit) * unit, math.ceil(high / unit) * unit
@@ -269,8 +273,10 @@ def guess(clean, run, entry):
         f'{letter}" d="M0 5H30"/></svg>{letter.upper()} is broken</button>'
         for letter in "ab"
     )
+    same = all(clean.report.get(metric) == run.report.get(metric) for metric in on_dashboard(entry))
     lengths = {name: length for name, length in zip(order, longest)}
     steps = f" The clean run has {lengths['clean']} steps, the broken run {lengths['broken']}." if shares else ""
+    steps += " The numbers are the same: nobody can tell them apart here." * same
     return f"""<section id=guess data-broken="{"ab"[order.index("broken")]}">
 <h2><span>2</span> Which one is broken?</h2>
 <p>This is what you see while both runs train. One of them has the mistake above. Look, then choose.</p>
@@ -303,8 +309,14 @@ def external(clean, run, entry):
                 if all(found):
                     lines = [(s, s, *line[1:], line[2][-1]) for s, line in zip(styles, found)]
                     charts.append(chart(title, lines, panel.x, fraction=bool(FRACTION.search(metric))))
-    rest = [compared(metric, both, styles, styles) for metric in entry.external
-            if metric not in shown and points(run.metrics, key_of(run.metrics, metric))]  # fmt: skip
+    # What the claims are about, then every other curve; but nothing that is the same in both runs.
+    claimed = [m for claim in (*entry.claims, *entry.task_claims) for m in claim.metrics if m in entry.external]
+    curves = [m for m in entry.external if points(run.metrics, key_of(run.metrics, m))]
+    rest = [
+        compared(metric, both, styles, styles)
+        for metric in dict.fromkeys([*claimed, *curves])
+        if metric not in shown and clean.report.get(metric) != run.report.get(metric)
+    ]
     return f"""<section><h2><span>3</span> External evaluation</h2>
 <p>Training does not measure this. It is measured on problems and pairs that are not trained on, with true answers and
 labels. Here the two runs have their names.</p>
@@ -343,7 +355,6 @@ def table(clean, run, entry):
 
 # How the scripts write what they know of an output (gpt.shown, reward_model.py, reasoning.py).
 MARKED = re.compile(r" \((correct|wrong)\)(?: ((?:verifier )?score [+-]?\d+\.\d+))?$")
-SCORED = re.compile(r"^(highest score) \(([+-]\d+\.\d+), (correct|wrong)\): ")
 # The numbers shown with a checkpoint, as far as they were logged there.
 NUMBERS = ("accuracy_sampled", "test_accuracy", "held_out_accuracy", "verifier_accuracy", "test_reward", "test_kl",
            "kl", "test_length", "length", "test_ended", "ended", "calls", "loss")  # fmt: skip
@@ -362,8 +373,6 @@ def split_mark(output):
     """An output as a script wrote it -> (the model's text, correct or None, score or "")."""
     if found := MARKED.search(output):
         return output[: found.start()], found[1] == "correct", found[2] or ""
-    if found := SCORED.search(output):
-        return output[found.end() :], found[3] == "correct", f"{found[1]} {found[2]}"
     return output, None, ""
 
 
@@ -389,7 +398,7 @@ def outputs(both, characters):
         for step in steps:
             rows = []
             for prompt, output in some[step]:
-                text, correct, score = split_mark(output)
+                text, correct, score = split_mark(output.encode("utf-8", "replace").decode())  # no half characters
                 if len(text) > characters:
                     more = len(text) - characters
                     text = text[:characters] + f" [... {more} more characters: see samples.jsonl]"
@@ -515,7 +524,7 @@ def run_page(run):
     for key in sorted(keys, key=lambda key: not key.startswith("test_")):  # evaluations first
         if found := points(metrics, key):
             batches = f"test_{key}" in keys or key in ("reward", "accuracy")
-            title = f"{key}, training batches" if batches else breaks.label(key.removeprefix("test_"))
+            title = f"{key}, training batches" if batches else breaks.label(key.removeprefix("test_")).replace("_", " ")
             line = ("single", "last", *found[1:], found[2][-1])
             charts.append(chart(title, [line], found[0], fraction=bool(FRACTION.search(key))))
     numbers = {k: v for k, v in run.report.items() if type(v) in (int, float)}
@@ -544,12 +553,14 @@ def index(folder):
             report = {}
         state = {None: "finished", True: "reproduced", False: "not reproduced"}[report.get("reproduced")]
         main = next((m for m in MAIN if m in report), None)
-        page = (path / "page.html").is_file() and report
-        name = f'<a href="{escape(path.name)}/page.html">{escape(path.name)}</a>' if page else escape(path.name)
-        rows.append(
-            f"<tr><th scope=row>{name}<td>{state if report else 'unfinished'}"
-            f"<td>{escape(breaks.label(main)) if main else ''}<td>{number(report[main]) if main else ''}</tr>"
-        )
-    return (f"<header><h1>Runs</h1><p>{len(rows)} runs, by name. A break has two runs; its page compares them.</p>"
-            "</header><section><table><thead><tr><th scope=col>run<th scope=col>result<th scope=col colspan=2>main "
-            f"number</tr></thead><tbody>{''.join(rows)}</tbody></table></section>")  # fmt: skip
+        name = escape(path.name)
+        if report and (path / "page.html").is_file():
+            name = f'<a href="{name}/page.html">{name}</a>'
+        if main:
+            name += f"<br><span class=note>{escape(breaks.label(main))} {number(report[main])}</span>"
+        rows.append(f"<tr><th scope=row>{name}<td>{state if report else 'unfinished'}</tr>")
+    return (
+        f"<header><h1>Runs</h1><p>{len(rows)} runs, by name. A break has two runs; its page compares them.</p></header>"
+        f"<section><table><thead><tr><th scope=col>run<th scope=col>result</tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table></section>"
+    )
