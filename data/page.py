@@ -119,8 +119,8 @@ def changed(entry):
             for n, line, wrong in rows
         )
         html.append(f'<pre class=code tabindex=0 role=region aria-label="source of {entry.script}.py">{code}</pre>')
-    html.append(f"<p class=note>From <code>{entry.script}.py</code>. The marked lines run only in the broken run. "
-                "Everything else is the same: data, seed, starting weights.</p></section>")  # fmt: skip
+    html.append(f"<p class=note>From <code>{entry.script}.py</code>. The marked lines are the mistake. "
+                "Everything else is the same in both runs.</p></section>")  # fmt: skip
     return "\n".join(html)
 
 
@@ -132,9 +132,14 @@ def sentence(text):
 # Curves and bars
 
 
+def result_of(key):
+    """The name in the report of what a figure's panel names as it was logged. PPO and GRPO log an evaluation's results
+    as test_NAME, and the mean reward of each batch as `reward`, which is not the `reward` of their report."""
+    return "batch_reward" if key == "reward" else key.removeprefix("test_")
+
+
 def key_of(metrics, metric):
-    """The name under which a result of the report was logged during the run. PPO and GRPO log an evaluation's
-    results as test_NAME, and the mean reward of each batch as `reward`."""
+    """The other way round: the name under which a result of the report was logged."""
     if metric in ("first_reward", "batch_reward"):
         return "reward"
     return f"test_{metric}" if any(f"test_{metric}" in m for m in metrics) else metric
@@ -160,6 +165,10 @@ X_NAMES = {"test_sqrt_kl": "distance: square root of the KL (nats)", "n": "N ans
 FRACTION = re.compile(
     r"accuracy|fraction|vote|oracle|pass@|best_of_n|chosen|recovered|distinct|check|ended|opening|confident|miscalc|groups"
 )
+
+
+def label(metric):
+    return breaks.label(metric).replace("_", " ")
 
 
 def number(value):
@@ -230,7 +239,9 @@ def bars(title, values):
 def compared(metric, both, styles, names, shares=False, title=None):
     """One metric of both runs: a chart if both logged it, else bars from the reports. "" if a run has neither."""
     found = [points(run.metrics, key_of(run.metrics, metric)) for run in both]
-    title = title or ("reward of the training batches" if "batch_reward" == metric else breaks.label(metric))
+    if metric in ("first_reward", "batch_reward") and all(found):  # one curve shows both
+        metric, title = "batch_reward", "reward of the training batches"
+    title = title or label(metric)
     last = [run.report.get(metric) for run in both]
     if all(found):
         x = found[0][0]
@@ -251,7 +262,7 @@ def joined(charts, large=False):
 
 def on_dashboard(entry):
     """The metrics that training shows: those of the entry, and those of its panels that say so."""
-    panels = [m for panel in entry.panels if panel.title.startswith("dashboard") for m in panel.metrics]
+    panels = [result_of(m) for panel in entry.panels if panel.title.startswith("dashboard") for m in panel.metrics]
     return list(dict.fromkeys([*panels, *entry.dashboard]))
 
 
@@ -275,14 +286,15 @@ def guess(clean, run, entry):
     )
     same = all(clean.report.get(metric) == run.report.get(metric) for metric in on_dashboard(entry))
     lengths = {name: length for name, length in zip(order, longest)}
-    steps = f" The clean run has {lengths['clean']} steps, the broken run {lengths['broken']}." if shares else ""
-    steps += " The numbers are the same: nobody can tell them apart here." * same
+    more = f" The clean run has {lengths['clean']} steps, the broken run {lengths['broken']}." if shares else ""
+    more += " All numbers are the same: nobody can tell them apart here." * same
+    more += " Section 3 shows what training does not measure."
     return f"""<section id=guess data-broken="{"ab"[order.index("broken")]}">
 <h2><span>2</span> Which one is broken?</h2>
 <p>This is what you see while both runs train. One of them has the mistake above. Look, then choose.</p>
 <div class=vote role=group aria-label="Which run is broken?">{buttons}<button type=button data-choice="">I cannot tell
 </button></div>
-<p id=answer role=status hidden data-more="{steps}"></p>
+<p id=answer role=status hidden data-more="{more}"></p>
 {joined(charts)}</section>"""
 
 
@@ -300,10 +312,10 @@ def external(clean, run, entry):
                 charts += alone(run, panel, title, marked)
             continue
         for metric in panel.metrics:
-            shown |= {metric, metric.removeprefix("test_")}
-            name = breaks.label(metric.removeprefix("test_")) if len(panel.metrics) > 1 or panel.bars else title
+            shown.add(result_of(metric))
+            name = label(result_of(metric)) if len(panel.metrics) > 1 or panel.bars else title
             if panel.x in ("step", "n") or panel.bars:
-                charts.append(compared(metric.removeprefix("test_"), both, styles, styles, title=name))
+                charts.append(compared(result_of(metric), both, styles, styles, title=name))
             else:
                 found = [points(r.metrics, metric, panel.x) for r in both]
                 if all(found):
@@ -326,15 +338,16 @@ labels. Here the two runs have their names.</p>
 
 def alone(run, panel, title, marked):
     """A panel that shows the broken run only. Two axes in one figure are hard to read, so they become two charts."""
-    found = {m: points(run.metrics, m, panel.x) for m in panel.metrics}
-    lines = [(f"s{i}" if len(found) > 1 else "broken", breaks.label(m.removeprefix("test_")), *p[1:], p[2][-1])
-             for i, (m, p) in enumerate(found.items()) if p]  # fmt: skip
-    charts = [chart(title, lines, panel.x, marked=marked, fraction=True)] if lines else []
-    right = panel.right and points(run.metrics, panel.right, panel.x)
-    if right:
-        line = ("broken", "broken", *right[1:], right[2][-1])
-        charts.append(chart(breaks.label(panel.right.removeprefix("test_")), [line], panel.x, marked=marked))
-    return charts
+    found = {m: points(run.metrics, m, panel.x) for m in (*panel.metrics, *[panel.right] * bool(panel.right))}
+    found = {m: p for m, p in found.items() if p}
+    if not panel.right and len(found) > 1:
+        lines = [(f"s{i}", label(result_of(m)), *p[1:], p[2][-1]) for i, (m, p) in enumerate(found.items())]
+        return [chart(title, lines, panel.x, fraction=True)]
+    return [
+        chart(label(result_of(m)) if panel.right else title, [("broken", "broken", *p[1:], p[2][-1])], panel.x,
+              marked=marked, fraction=bool(FRACTION.search(m)))
+        for m, p in found.items()
+    ]  # fmt: skip
 
 
 def table(clean, run, entry):
@@ -344,7 +357,7 @@ def table(clean, run, entry):
         for metric in metrics:
             C, B = clean.report.get(metric), run.report.get(metric)
             if C is not None and B is not None:
-                rows.append(f"<tr><th scope=row>{escape(breaks.label(metric))}<td>{number(C)}<td>{number(B)}</tr>")
+                rows.append(f"<tr><th scope=row>{escape(label(metric))}<td>{number(C)}<td>{number(B)}</tr>")
     return ("<table><thead><tr><td><th scope=col class=clean>clean<th scope=col class=broken>broken</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>")  # fmt: skip
 
@@ -357,7 +370,7 @@ def table(clean, run, entry):
 MARKED = re.compile(r" \((correct|wrong)\)(?: ((?:verifier )?score [+-]?\d+\.\d+))?$")
 # The numbers shown with a checkpoint, as far as they were logged there.
 NUMBERS = ("accuracy_sampled", "test_accuracy", "held_out_accuracy", "verifier_accuracy", "test_reward", "test_kl",
-           "kl", "test_length", "length", "test_ended", "ended", "calls", "loss")  # fmt: skip
+           "kl", "test_length", "length", "test_ended", "ended", "calls")  # fmt: skip
 SHORT = {"kl": "KL", "accuracy_sampled": "accuracy", "held_out_accuracy": "accuracy on held-out pairs",
          "verifier_accuracy": "verifier accuracy", "length": "tokens per answer", "ended": "ended"}  # fmt: skip
 
@@ -434,7 +447,7 @@ def numbers_at(run, step):
     for line in run.metrics:
         if line["step"] == step and "n" not in line:
             found = line | found  # an evaluation is logged before the update of the same step
-    some = [name for name in NUMBERS if name in found]
+    some = [name for name in NUMBERS if name in found] or ["loss"] * ("loss" in found)
     some = [n for n in some if f"test_{n}" not in found]  # of a batch: the evaluation says the same of all problems
     names = (name.removeprefix("test_") for name in some)
     return [(SHORT.get(n, n), number(found[k])) for n, k in zip(names, some)]
@@ -524,11 +537,11 @@ def run_page(run):
     for key in sorted(keys, key=lambda key: not key.startswith("test_")):  # evaluations first
         if found := points(metrics, key):
             batches = f"test_{key}" in keys or key in ("reward", "accuracy")
-            title = f"{key}, training batches" if batches else breaks.label(key.removeprefix("test_")).replace("_", " ")
+            title = f"{key}, training batches" if batches else label(key.removeprefix("test_"))
             line = ("single", "last", *found[1:], found[2][-1])
             charts.append(chart(title, [line], found[0], fraction=bool(FRACTION.search(key))))
     numbers = {k: v for k, v in run.report.items() if type(v) in (int, float)}
-    rows = "".join(f"<tr><th scope=row>{escape(breaks.label(k))}<td>{number(v)}</tr>" for k, v in numbers.items())
+    rows = "".join(f"<tr><th scope=row>{escape(label(k))}<td>{number(v)}</tr>" for k, v in numbers.items())
     flags = {k: v for k, v in run.report["config"].items() if v is not None and k not in ("code", "data_checksum")}
     given = "".join(f"<tr><th scope=row>{escape(k)}<td>{escape(str(v))}</tr>" for k, v in flags.items())
     return [
@@ -557,7 +570,7 @@ def index(folder):
         if report and (path / "page.html").is_file():
             name = f'<a href="{name}/page.html">{name}</a>'
         if main:
-            name += f"<br><span class=note>{escape(breaks.label(main))} {number(report[main])}</span>"
+            name += f"<br><span class=note>{escape(label(main))} {number(report[main])}</span>"
         rows.append(f"<tr><th scope=row>{name}<td>{state if report else 'unfinished'}</tr>")
     return (
         f"<header><h1>Runs</h1><p>{len(rows)} runs, by name. A break has two runs; its page compares them.</p></header>"

@@ -183,6 +183,15 @@ def test_page_of_a_break(entry, tmp_path):
     assert "N (" not in sections[4].split("id=cure>")[-1].split("<")[0]
 
 
+def test_the_dashboard_of_sign_flip_does_not_show_the_true_reward():
+    """It is logged as test_reward; the reward of the batches has the wrong sign, and is what one would see."""
+    metrics = [{"step": 0, "test_reward": 0.1, "test_kl": 0.0}, {"step": 0, "reward": -0.1, "kl": 0.0}]
+    shown = page.on_dashboard(breaks.entry("ppo", "sign_flip"))
+    assert {page.key_of(metrics, metric) for metric in shown} >= {"reward", "test_kl"}
+    assert "test_reward" not in {page.key_of(metrics, metric) for metric in shown}
+    assert page.key_of(metrics, page.on_dashboard(breaks.entry("ppo", "no_kl"))[0]) == "test_reward"
+
+
 def test_the_order_of_the_two_runs_depends_on_the_name(tmp_path):
     """The page must not give away that the broken run is always B. The data of A and B are those of the runs."""
     entry, sides = breaks.entry("dpo", "flip_labels"), set()
