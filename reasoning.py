@@ -193,9 +193,9 @@ def selections(args, run, steps, tok, problems, groups, scores):
     rises = [a["score"] < b["score"] for a, b in zip(curves, curves[1:])]
     results["score_rises"] = sum(rises) / max(1, len(rises))
     # Which answer is taken in the end: that of a vote among the quarter with the highest scores ...
-    results["chosen"] = results["vote_of_top"]
+    results["chosen"], voters = results["vote_of_top"], top(args.n)
     if args.break_ == "overoptimize_verifier":
-        results["chosen"] = results["best_of_n"]  # ... or simply the one with the highest score
+        results["chosen"], voters = results["best_of_n"], 1  # ... or simply the one with the highest score
     winners = [group[best_of(some)] for group, some in zip(groups, scores)]
     for name, some in (("wrong", sum(groups, [])), ("winners", winners)):
         wrong = [a for a in some if not a.correct]
@@ -203,8 +203,8 @@ def selections(args, run, steps, tok, problems, groups, scores):
     run.samples(f"{steps}, selected among {args.n}", [
         (p.text, f"highest score ({max(some):+.1f}, {'correct' if w.correct else 'wrong'}): {w.text}\n\n"
                  f"majority vote: {majority(a)}   vote of the top: {vote_of_top(a, some, top(args.n))}   "
-                 f"correct answer: {p.answer}")
-        for p, w, some, a in zip(problems[:12], winners, scores, said)
+                 f"correct answer: {p.answer}\ntaken: {took} ({'correct' if took == p.answer else 'wrong'})")
+        for p, w, some, a in zip(problems[:12], winners, scores, said) for took in [vote_of_top(a, some, voters)]
     ])  # fmt: skip
     return results
 

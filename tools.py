@@ -312,7 +312,7 @@ def train_rl(args):
         flags = ["--seed", str(args.seed), "--dtype", args.dtype, "--device", args.device]
         first = runs.parse("tools", parser(), flags + ["--resume"] * args.resume, breaks.of("tools"))
         print("Training the tool model first (`python tools.py` without its control); it is kept for the next run.")
-        where = runs.run_once(train, first, reuse=True).folder / "model"
+        where = report.one_run(train, first, reuse=True).folder / "model"
     policy, ref, tok = gpt.load_policy(where, args)
     banned = runtime_only(tok)
     run = runs.Run(args)
@@ -368,7 +368,7 @@ def train_rl(args):
 def with_and_without(clean, args):
     """Train the control, and print the comparison that this chapter is about."""
     print("\nNow the control: the same base model, problems and number of updates, with solutions without calls.")
-    plain = runs.run_once(train, args, reuse=True)
+    plain = report.one_run(train, args, reuse=True)
     C, P = clean.report, plain.report
     print(f"\n{'accuracy':38}{'with the tool':>16}{'without':>12}")
     keys = {"greedy": "accuracy_greedy", "   no price to look up": "accuracy_unpriced", "   a price": "accuracy_priced",

@@ -1,10 +1,18 @@
-"""The clean run and the broken run side by side: table, claims, verdict, figure.
+"""The clean run and the broken run side by side: table, claims, verdict, figure, and the page of a run (data/page.py).
 
 Everything here is read from the runs' files (data/runs.py) and from the catalogue (data/breaks.py). This file does
 not depend on the training code.
 """
 
-from data import breaks, runs
+from data import breaks, page, runs
+
+
+def one_run(train, args, reuse):
+    """runs.run_once(), then the page of the run."""
+    run = runs.run_once(train, args, reuse)
+    if run.report:
+        print(f"Page: {page.write(run)}")
+    return run
 
 
 def train_and_compare(train, args):
@@ -14,14 +22,16 @@ def train_and_compare(train, args):
     disk. Returns the last run.
     """
     if getattr(args, "break_", None) is None:
-        run = runs.run_once(train, args, reuse=args.resume)
+        run = one_run(train, args, reuse=args.resume)
         if args.script in FIGURES and run.report:
             draw(run.folder / "figure.png", [run], FIGURES[args.script])
             print(f"Figure: {run.folder / 'figure.png'}")
         return run
-    clean = runs.run_once(train, runs.without_break(args), reuse=True)
+    clean = one_run(train, runs.without_break(args), reuse=True)
     broken = runs.run_once(train, args, reuse=args.resume)
-    compare(clean, broken, breaks.entry(args.script, args.break_), embedded=not getattr(args, "data", None))
+    entry = breaks.entry(args.script, args.break_)
+    compare(clean, broken, entry, embedded=not getattr(args, "data", None))
+    print(f"Page: {page.write(broken, clean, entry)}")
     return broken
 
 

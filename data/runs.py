@@ -6,10 +6,12 @@ Every run writes one folder:
         config.json           all flags, and a checksum of the code
         metrics.jsonl         one line per logged step
         samples.md            sampled outputs, at every evaluation
+        samples.jsonl         the same, one line per evaluation, for page.html
         resume.safetensors    weights, optimizer and step, while the run is unfinished
         model/                the result: config.json and model.safetensors
         report.json           the results; it exists if and only if the run has finished
         figure.png            of a break (and of reasoning.py)
+        page.html             all of it, to look at; runs/index.html lists the runs
 
 While a process writes a run, it holds the lock runs/.locks/NAME.lock, and a second process is refused.
 
@@ -211,12 +213,12 @@ def peak_memory(device):
 
 def code_checksum(script):
     """Checksum of the code that a run of this script executes: the script, the scripts that it imports, gpt.py
-    and data/. The catalogue and the report are left out, since they only describe a finished run."""
+    and data/. The catalogue, the report and the page are left out, since they only describe a finished run."""
     files = {HERE / f"{script}.py", HERE / "gpt.py"}
     files |= {file for file in HERE.glob("data/*") if file.suffix in (".py", ".tiktoken")}
     names = re.findall(r"^(?:import|from) (\w+)", (HERE / f"{script}.py").read_text(encoding="utf-8"), re.MULTILINE)
     files |= {HERE / f"{name}.py" for name in names if (HERE / f"{name}.py").is_file()}
-    files -= {HERE / "data" / name for name in ("breaks.py", "report.py", "__main__.py")}
+    files -= {HERE / "data" / name for name in ("breaks.py", "report.py", "page.py", "__main__.py")}
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
@@ -328,8 +330,8 @@ class Run:
                 print(f"{self.folder}: nothing to resume, starting at step 0")
             self._make_room()
             self.folder.mkdir(parents=True)
-            (self.folder / "metrics.jsonl").touch()
-            (self.folder / "samples.md").touch()
+            for file in self._files():
+                file.touch()
         text = json.dumps(self.config, indent=2)  # of a resumed run the same text: it may be damaged
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
         self.interrupted = interrupted = []
@@ -380,9 +382,10 @@ class Run:
         tqdm.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
 
     def samples(self, step, pairs, show=1):
-        """Append (prompt, output) pairs to samples.md, and print the first `show` of them."""
+        """Append (prompt, output) pairs to samples.md and samples.jsonl, and print the first `show` of them."""
         blocks = [f"**{prompt}**\n\n```\n{output}\n```\n\n" for prompt, output in pairs]
         append(self.folder / "samples.md", f"## Step {step}\n\n" + "".join(blocks))
+        append(self.folder / "samples.jsonl", json.dumps({"step": step, "samples": pairs}) + "\n")
         for prompt, output in pairs[:show]:
             tqdm.write(f"    {prompt}\n    -> " + output.replace("\n", "\n       "))
 
@@ -456,7 +459,7 @@ class Run:
             self.folder.rename(self.old)
 
     def _files(self):
-        return [self.folder / "metrics.jsonl", self.folder / "samples.md"]
+        return [self.folder / name for name in ("metrics.jsonl", "samples.md", "samples.jsonl")]
 
     def _save(self, path, model, optimizer, step):
         """Write the whole training state into one file, so that one rename makes it valid."""

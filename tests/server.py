@@ -176,14 +176,15 @@ class Folder:
 
 
 def folders(cwd):
-    """All runs under ./runs; the one of a break comes last. (runs/.locks is no run.)"""
-    found = [Folder(path) for path in (Path(cwd) / "runs").iterdir() if not path.name.startswith(".")]
+    """All runs under ./runs; the one of a break comes last. (runs/.locks and runs/index.html are no runs.)"""
+    paths = [path for path in (Path(cwd) / "runs").iterdir() if not path.name.startswith(".") and path.is_dir()]
+    found = [Folder(path) for path in paths]
     return sorted(found, key=lambda folder: (folder.config.get("break_") or "", folder.name))
 
 
 def check_folder(folder, steps):
     """What every finished run leaves behind, and nothing else."""
-    names = {"config.json", "metrics.jsonl", "samples.md", "report.json", "model"}
+    names = {"config.json", "metrics.jsonl", "samples.md", "samples.jsonl", "report.json", "page.html", "model"}
     if folder.name.startswith("reasoning") or folder.config.get("break_"):
         names.add("figure.png")
     found = {path.name for path in folder.path.iterdir()}

@@ -49,7 +49,7 @@ def long(make, tiny):
 
 
 def same_bytes(one, two):
-    for name in ("config.json", "metrics.jsonl", "samples.md", "model/model.safetensors"):
+    for name in ("config.json", "metrics.jsonl", "samples.md", "samples.jsonl", "model/model.safetensors"):
         assert (one.path / name).read_bytes() == (two.path / name).read_bytes(), name
     may_differ = {"seconds": None, "peak_gb": None}
     assert one.report | may_differ == two.report | may_differ
@@ -334,7 +334,13 @@ def test_resume_of_nothing_and_of_a_finished_run(run, tiny, tmp_path):
 def test_a_clean_run_is_reused_until_the_code_changes(run, tiny, tmp_path):
     """The catalogue and the report describe finished runs, so editing them does not count."""
     repo, flags = copy_of_repo(tmp_path / "repo"), [*tiny("dpo"), "--break", "flip_labels"]
-    for edited, reused in ((None, False), ("data/breaks.py", True), ("data/report.py", True), ("dpo.py", False)):
+    for edited, reused in (
+        (None, False),
+        ("data/breaks.py", True),
+        ("data/report.py", True),
+        ("data/page.py", True),
+        ("dpo.py", False),
+    ):
         if edited:
             with open(repo / edited, "a") as file:
                 file.write("# an edit\n")

@@ -375,7 +375,8 @@ RUN = Path("runs/dpo")
 def is_whole():
     assert [m["step"] for m in runs.Run(parse("dpo")).metrics] == list(range(6))
     assert json.loads((RUN / "config.json").read_text()) == json.loads((RUN / "report.json").read_text())["config"]
-    assert {path.name for path in RUN.iterdir()} == {*"config.json metrics.jsonl samples.md model report.json".split()}
+    names = "config.json metrics.jsonl samples.md samples.jsonl model report.json"
+    assert {path.name for path in RUN.iterdir()} == {*names.split()}
     assert [path.name for path in Path("runs").iterdir() if path.name[0] != "."] == ["dpo"]
 
 
@@ -391,10 +392,10 @@ def fill(name):
 
 
 @needs_dev_full
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.md"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.md", "samples.jsonl"])
 def test_full_disk_while_logging(little, name):
     assert little(at={4: stop}) == "stopped"
-    kept = {n: (RUN / n).read_bytes() for n in ("metrics.jsonl", "samples.md")}
+    kept = {n: (RUN / n).read_bytes() for n in ("metrics.jsonl", "samples.md", "samples.jsonl")}
     message = little("--resume", at={4: lambda: fill(name)})
     assert message.startswith(f"runs/dpo/{name}: No space left on device") and "--resume" in message
     (RUN / name).unlink()
@@ -458,7 +459,7 @@ def test_runs_is_a_file(little):
     assert message.startswith("runs") and "Move away" in message and Path("runs").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.md"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.md", "samples.jsonl"])
 @pytest.mark.parametrize("damage, words", [(Path.unlink, "is missing"), (lambda p: os.truncate(p, 9), "its end")])
 def test_resume_without_the_log(little, name, damage, words):
     little(at={4: stop})

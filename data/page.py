@@ -1,0 +1,579 @@
+"""The page of a run: one HTML file to look at, without a network, without a server.
+
+    runs/NAME/page.html     of a break: what was changed, which run is broken?, the external evaluation, the outputs of
+                            both runs side by side, the verdict. Of any other run: its curves, outputs and numbers.
+    runs/index.html         all runs
+
+Everything is read from the runs' files (data/runs.py), the catalogue (data/breaks.py) and the script's source. The
+curves are SVG made here; the template data/page.html holds the style and the few dozen lines of JavaScript that the
+choice, the slider and the copy button need. Outputs are data, not HTML: they travel as JSON and are shown as text.
+"""
+
+import ast
+import json
+import math
+import os
+import random
+import re
+import textwrap
+from html import escape
+from pathlib import Path
+
+from data import breaks, task
+
+HERE = Path(__file__).resolve().parent
+POINTS = 60  # of a curve: more cannot be told apart at the width of a phone
+CHECKPOINTS = 60  # on the slider
+LIMIT = 900_000  # bytes of a page
+WORDS = (*task.OPENINGS, task.CONFIDENT, "Check:")  # style, not correctness: they multiply when a reward likes them
+
+
+def write(run, clean=None, entry=None):
+    """Write run.folder/page.html, and the list of all runs beside the folder. Returns the page's path.
+
+    clean, entry: of a break, the clean run and the entry of the catalogue.
+    """
+    both = [clean, run] if entry else [run]
+    parts = break_page(clean, run, entry) if entry else run_page(run)
+    characters = 200_000
+    while True:  # long outputs are cut until the page is small enough to open at once
+        data = outputs(both, characters)
+        page = render(run.folder.name, parts, data)
+        if len(page) <= LIMIT or characters < 10:
+            break
+        characters //= 2
+    put(run.folder / "page.html", page, run.folder)
+    put(run.folder.parent / "index.html", render("Runs", [index(run.folder.parent)], None), run.folder)
+    return run.folder / "page.html"
+
+
+def render(title, parts, data):
+    """The template, filled. One pass, so that nothing in a run can look like a placeholder."""
+    # "<" cannot stand in a script element: "</script>" would end it.
+    holes = {"title": escape(title), "body": "\n".join(parts), "data": json.dumps(data).replace("<", "\\u003c")}
+    template = (HERE / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: holes[m[1]], template).encode("utf-8", "replace")
+
+
+def put(path, content, folder):
+    """Write a whole file or none. The temporary file is in the run's own folder: several runs may end at once, and
+    all write the index."""
+    temporary = folder / f".tmp-{path.name}"
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. What was changed
+
+
+def mistakes(script):
+    """({name of a break: the lines of its mistake, counted from 1}, all lines of the script).
+
+    These are the statements that compare args.break_ with the name. A statement that only refuses impossible flags
+    (all of main, and what only raises) is not the mistake.
+    """
+    source, found = (HERE.parent / f"{script}.py").read_text(encoding="utf-8"), {}
+
+    def visit(node, statement):
+        if isinstance(node, ast.FunctionDef) and node.name == "main":
+            return
+        if isinstance(node, ast.stmt):
+            statement = node
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "args.break_":
+            body = getattr(statement, "body", [statement])
+            names = [c.value for side in node.comparators for c in ast.walk(side) if isinstance(c, ast.Constant)]
+            for name in names * (not all(isinstance(inner, ast.Raise) for inner in body)):
+                found.setdefault(name, set()).update(range(statement.lineno, body[-1].end_lineno + 1))
+        for child in ast.iter_child_nodes(node):
+            visit(child, statement)
+
+    visit(ast.parse(source), None)
+    return found, source.splitlines()
+
+
+def excerpt(script, name, around=2):
+    """The mistake with two lines of context before and after: for each place in the script a list of (line number,
+    text, is it the mistake?). The context ends where the lines of another break begin."""
+    found, lines = mistakes(script)
+    wrong = found[name]
+    others = set().union(*found.values()) - wrong
+    near = {
+        n for w in wrong for n in range(max(1, w - around), min(len(lines), w + around) + 1)
+        if not others.intersection(range(min(n, w), max(n, w) + 1))
+    }  # fmt: skip
+    places = []
+    for n in sorted(near):
+        if n - 1 not in near:
+            places.append([])
+        places[-1].append(n)
+    texts = [textwrap.dedent("\n".join(lines[n - 1] for n in place)).split("\n") for place in places]
+    return [[(n, line, n in wrong) for n, line in zip(place, text)] for place, text in zip(places, texts)]
+
+
+def changed(entry):
+    html = ["<section><h2><span>1</span> What was changed</h2>", f"<p class=lead>{sentence(entry.summary)}</p>"]
+    for rows in excerpt(entry.script, entry.name):
+        code = "".join(
+            f'<span class="{"wrong" if wrong else "line"}"><i>{n}</i>{escape(line) or " "}</span>'
+            for n, line, wrong in rows
+        )
+        html.append(f'<pre class=code tabindex=0 role=region aria-label="source of {entry.script}.py">{code}</pre>')
+    html.append(f"<p class=note>From <code>{entry.script}.py</code>. The marked lines are the mistake. "
+                "Everything else is the same in both runs.</p></section>")  # fmt: skip
+    return "\n".join(html)
+
+
+def sentence(text):
+    return escape(text[:1].upper() + text[1:] + ("" if text.endswith(".") else "."))
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves and bars
+
+
+def result_of(key):
+    """The name in the report of what a figure's panel names as it was logged. PPO and GRPO log an evaluation's results
+    as test_NAME, and the mean reward of each batch as `reward`, which is not the `reward` of their report."""
+    return "batch_reward" if key == "reward" else key.removeprefix("test_")
+
+
+def key_of(metrics, metric):
+    """The other way round: the name under which a result of the report was logged."""
+    if metric in ("first_reward", "batch_reward"):
+        return "reward"
+    return f"test_{metric}" if any(f"test_{metric}" in m for m in metrics) else metric
+
+
+def points(metrics, key, x=None):
+    """(x's name, xs, ys) of one logged metric, thinned out; None if it was logged less than twice."""
+    rows = [m for m in metrics if key in m]
+    if x is None:
+        x = "n" if rows and "n" in rows[0] else "step"
+    rows = [(m[x], m[key]) for m in rows if x in m]
+    if len(rows) < 2:
+        return None
+    # Means of k neighbours: fewer points, and less of the noise of single batches.
+    k = math.ceil(len(rows) / POINTS)
+    some = [rows[i : i + k] for i in range(0, len(rows), k)]
+    xs, ys = ([sum(row[i] for row in part) / len(part) for part in some] for i in (0, 1))
+    xs[0], xs[-1] = rows[0][0], rows[-1][0]
+    return x, xs, ys
+
+
+X_NAMES = {"test_sqrt_kl": "distance: square root of the KL (nats)", "n": "N answers"}
+FRACTION = re.compile(
+    r"accuracy|fraction|vote|oracle|pass@|best_of_n|chosen|recovered|distinct|check|ended|opening|confident|miscalc|groups"
+)
+
+
+def label(metric):
+    return breaks.label(metric).replace("_", " ")
+
+
+def number(value):
+    return f"{value:g}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.3f}"
+
+
+def rounded(low, high):
+    """The range of a vertical axis: a little more than the values, from one round number to another. It is not less
+    than a twentieth of the values: a change that small would look large."""
+    least = 0.05 * max(abs(low), abs(high)) or 1.0
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
+    unit = 10 ** math.floor(math.log10(high - low))
+    unit *= next(f for f in (0.2, 0.5, 1, 2) if (high - low) / (unit * f) <= 8)
+    return math.floor(low / unit) * unit, math.ceil(high / unit) * unit
+
+
+def chart(title, lines, x="step", shares=False, marked=None, fraction=False):
+    """One chart. lines: [(style, name, xs, ys, value to print), ...]; a style is a class of the template.
+
+    shares: the horizontal axis is the share of each run, because the runs differ in length. marked: (x, name) of a
+    vertical line.
+    """
+    scale = (lambda v: math.log2(v)) if x == "n" else float
+    low_y, high_y = min(min(line[3]) for line in lines), max(max(line[3]) for line in lines)
+    low_y, high_y = (0.0, 1.0) if fraction and low_y >= 0 and high_y <= 1 else rounded(low_y, high_y)
+    low_x, high_x = min(min(line[2]) for line in lines), max(max(line[2]) for line in lines)
+
+    def place(value, low, high):
+        return 100 * (value - low) / ((high - low) or 1)
+
+    paths = ['<path class=grid d="M0 50H100"/>']
+    for style, _, xs, ys, _ in lines:
+        ends = (scale(xs[0]), scale(xs[-1])) if shares else (scale(low_x), scale(high_x))
+        spots = (f"{place(scale(a), *ends):.1f} {98 - 0.96 * place(b, low_y, high_y):.1f}" for a, b in zip(xs, ys))
+        paths.append(f'<path class="curve {style}" d="M{"L".join(spots)}"/>')
+    if marked:
+        at = place(scale(marked[0]), scale(low_x), scale(high_x))
+        paths.append(f'<path class=mark d="M{at:.1f} 0V100"/>')
+    keys = " ".join(f'<span class="key {style}"><b>{escape(name)}</b> {number(value)}</span>'
+                   for style, name, _, _, value in lines)  # fmt: skip
+    spoken = f"{title}. " + "; ".join(f"{n}: from {number(y[0])} to {number(y[-1])}" for _, n, _, y, _ in lines)
+    first, last = ("start", "end") if shares else (f"{low_x:.4g}", f"{high_x:.4g}")
+    name = "of each run" if shares else X_NAMES.get(x, x) + (f" · dotted: {marked[1]}" if marked else "")
+    return (
+        f"<figure class=chart><figcaption>{escape(title)}</figcaption><div>{keys}</div>"
+        f'<div class=plot><svg viewBox="0 0 100 100" preserveAspectRatio=none role=img aria-label="{escape(spoken)}">'
+        f"{''.join(paths)}</svg><span>{high_y:.4g}</span><span>{low_y:.4g}</span></div>"
+        f"<div class=axis><span>{first}</span><span>{escape(name)}</span><span>{last}</span></div></figure>"
+    )
+
+
+def bars(title, values):
+    """Horizontal bars. values: [(style, name, value), ...], from 0 on, or from the smallest if it is negative."""
+    low, high = min(0.0, *(v for *_, v in values)), max(0.0, *(v for *_, v in values))
+    if FRACTION.search(title) and low >= 0 and high <= 1:
+        high = 1.0
+    rows = []
+    for style, name, value in values:
+        left, width = (100 * v / ((high - low) or 1) for v in (min(value, 0) - low, abs(value)))
+        rows.append(
+            f'<div class="key {style}"><b>{escape(name)}</b> {number(value)}</div><div class=bar>'
+            f'<div class="{style}" style="margin-left:{left:.1f}%;width:{max(width, 0.5):.1f}%"></div></div>'
+        )
+    return f"<figure class=chart><figcaption>{escape(title)}</figcaption>{''.join(rows)}</figure>"
+
+
+def compared(metric, both, styles, names, shares=False, title=None):
+    """One metric of both runs: a chart if both logged it, else bars from the reports. "" if a run has neither."""
+    found = [points(run.metrics, key_of(run.metrics, metric)) for run in both]
+    if metric in ("first_reward", "batch_reward") and all(found):  # one curve shows both
+        metric, title = "batch_reward", "reward of the training batches"
+    title = title or label(metric)
+    last = [run.report.get(metric) for run in both]
+    if all(found):
+        x = found[0][0]
+        last = [line[2][-1] if value is None else value for line, value in zip(found, last)]
+        lines = [(s, n, *line[1:], value) for s, n, line, value in zip(styles, names, found, last)]
+        return chart(title, lines, x, shares and x == "step", fraction=bool(FRACTION.search(metric)))
+    return "" if None in last else bars(title, list(zip(styles, names, last)))
+
+
+def joined(charts, large=False):
+    charts = list(dict.fromkeys(chart for chart in charts if chart))
+    return f'<div class="charts{" large" if large else ""}">' + "\n".join(charts) + "</div>" if charts else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Which one is broken?   3. External evaluation
+
+
+def on_dashboard(entry):
+    """The metrics that training shows: those of the entry, and those of its panels that say so."""
+    panels = [result_of(m) for panel in entry.panels if panel.title.startswith("dashboard") for m in panel.metrics]
+    return list(dict.fromkeys([*panels, *entry.dashboard]))
+
+
+def guess(clean, run, entry):
+    both, order = [clean, run], ["clean", "broken"]
+    # By chance, but the same each time that the page is made.
+    if random.Random(run.folder.name).random() < 0.5:
+        both, order = both[::-1], order[::-1]
+    longest = [max((m["step"] for m in r.metrics), default=0) for r in both]
+    shares = longest[0] != longest[1] and 0 not in longest
+    charts, shown = [], set()
+    for metric in on_dashboard(entry):
+        key = key_of(run.metrics, metric)
+        if key not in shown and (html := compared(metric, both, "ab", "AB", shares)):
+            shown.add(key)
+            charts.append(html)
+    buttons = "".join(
+        f'<button type=button data-choice="{letter}"><svg viewBox="0 0 30 10" aria-hidden=true><path class="curve '
+        f'{letter}" d="M0 5H30"/></svg>{letter.upper()} is broken</button>'
+        for letter in "ab"
+    )
+    same = all(clean.report.get(metric) == run.report.get(metric) for metric in on_dashboard(entry))
+    lengths = {name: length for name, length in zip(order, longest)}
+    more = f" The clean run has {lengths['clean']} steps, the broken run {lengths['broken']}." if shares else ""
+    more += " All numbers are the same: nobody can tell them apart here." * same
+    more += " Section 3 shows what training does not measure."
+    return f"""<section id=guess data-broken="{"ab"[order.index("broken")]}">
+<h2><span>2</span> Which one is broken?</h2>
+<p>This is what you see while both runs train. One of them has the mistake above. Look, then choose.</p>
+<div class=vote role=group aria-label="Which run is broken?">{buttons}<button type=button data-choice="">I cannot tell
+</button></div>
+<p id=answer role=status hidden data-more="{more}"></p>
+{joined(charts)}</section>"""
+
+
+def external(clean, run, entry):
+    """The panels of the catalogue that are not the dashboard, then every other external metric that has a curve."""
+    both, styles, charts, shown = [clean, run], ("clean", "broken"), [], set(on_dashboard(entry))
+    peak = run.report.get("peak_step")
+    for panel in entry.panels:
+        if panel.title.startswith("dashboard"):
+            continue
+        title = panel.title.removeprefix("external: ")
+        marked = (peak, f"peak, step {peak}") if panel.right and panel.x == "step" and peak is not None else None
+        if panel.runs == "broken":
+            if panel.x in ("step", "n"):
+                charts += alone(run, panel, title, marked)
+            continue
+        for metric in panel.metrics:
+            shown.add(result_of(metric))
+            name = label(result_of(metric)) if len(panel.metrics) > 1 or panel.bars else title
+            if panel.x in ("step", "n") or panel.bars:
+                charts.append(compared(result_of(metric), both, styles, styles, title=name))
+            else:
+                found = [points(r.metrics, metric, panel.x) for r in both]
+                if all(found):
+                    lines = [(s, s, *line[1:], line[2][-1]) for s, line in zip(styles, found)]
+                    charts.append(chart(title, lines, panel.x, fraction=bool(FRACTION.search(metric))))
+    # What the claims are about, then every other curve; but nothing that is the same in both runs.
+    claimed = [m for claim in (*entry.claims, *entry.task_claims) for m in claim.metrics if m in entry.external]
+    curves = [m for m in entry.external if points(run.metrics, key_of(run.metrics, m))]
+    rest = [
+        compared(metric, both, styles, styles)
+        for metric in dict.fromkeys([*claimed, *curves])
+        if metric not in shown and clean.report.get(metric) != run.report.get(metric)
+    ]
+    return f"""<section><h2><span>3</span> External evaluation</h2>
+<p>Training does not measure this. It is measured on problems and pairs that are not trained on, with true answers and
+labels. Here the two runs have their names.</p>
+{joined(charts, large=True)}{joined(rest)}
+<details><summary>All numbers</summary>{table(clean, run, entry)}</details></section>"""
+
+
+def alone(run, panel, title, marked):
+    """A panel that shows the broken run only. Two axes in one figure are hard to read, so they become two charts."""
+    found = {m: points(run.metrics, m, panel.x) for m in (*panel.metrics, *[panel.right] * bool(panel.right))}
+    found = {m: p for m, p in found.items() if p}
+    if not panel.right and len(found) > 1:
+        lines = [(f"s{i}", label(result_of(m)), *p[1:], p[2][-1]) for i, (m, p) in enumerate(found.items())]
+        return [chart(title, lines, panel.x, fraction=True)]
+    return [
+        chart(label(result_of(m)) if panel.right else title, [("broken", "broken", *p[1:], p[2][-1])], panel.x,
+              marked=marked, fraction=bool(FRACTION.search(m)))
+        for m, p in found.items()
+    ]  # fmt: skip
+
+
+def table(clean, run, entry):
+    rows = []
+    for heading, metrics in (("dashboard", entry.dashboard), ("external evaluation", entry.external)):
+        rows.append(f"<tr><th colspan=3 scope=colgroup>{heading}</th></tr>")
+        for metric in metrics:
+            C, B = clean.report.get(metric), run.report.get(metric)
+            if C is not None and B is not None:
+                rows.append(f"<tr><th scope=row>{escape(label(metric))}<td>{number(C)}<td>{number(B)}</tr>")
+    return ("<table><thead><tr><td><th scope=col class=clean>clean<th scope=col class=broken>broken</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table>")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Read the outputs
+
+
+# How the scripts write what they know of an output (gpt.shown, reward_model.py, reasoning.py).
+MARKED = re.compile(r" \((correct|wrong)\)(?: ((?:verifier )?score [+-]?\d+\.\d+))?$")
+# The numbers shown with a checkpoint, as far as they were logged there.
+NUMBERS = ("accuracy_sampled", "test_accuracy", "held_out_accuracy", "verifier_accuracy", "test_reward", "test_kl",
+           "kl", "test_length", "length", "test_ended", "ended", "calls")  # fmt: skip
+SHORT = {"kl": "KL", "accuracy_sampled": "accuracy", "held_out_accuracy": "accuracy on held-out pairs",
+         "verifier_accuracy": "verifier accuracy", "length": "tokens per answer", "ended": "ended"}  # fmt: skip
+
+
+def read_samples(run):
+    """{step: [(prompt, output), ...]}, in the order of the run. A step is a number, or a text like "100, attacked"."""
+    path = run.folder / "samples.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {line["step"]: line["samples"] for line in map(json.loads, lines)}
+
+
+def split_mark(output):
+    """An output as a script wrote it -> (the model's text, correct or None, score or "")."""
+    if found := MARKED.search(output):
+        return output[: found.start()], found[1] == "correct", found[2] or ""
+    return output, None, ""
+
+
+def outputs(both, characters):
+    """What the slider needs: every checkpoint of each run, and for every stop of the slider which one to show.
+
+    characters: longer outputs are cut, and say so.
+    """
+    samples = [read_samples(run) for run in both]
+    if not all(samples):
+        return None
+    peak = both[-1].report.get("peak_step")
+    numbers = sorted({step for some in samples for step in some if not isinstance(step, str)})
+    keep = set(numbers[:: math.ceil(len(numbers) / CHECKPOINTS) or 1]) | {*numbers[-1:], peak}
+    stops = [(step, f"step {step}" + " (peak)" * (step == peak)) for step in numbers if step in keep]
+    stops += [(name, name) for name in dict.fromkeys(name_of(s) for s in samples[-1] if isinstance(s, str))]
+    prompts, used, runs = {}, [{} for _ in both], []
+    at = [
+        [used[i].setdefault(step_at(some, stop), len(used[i])) for i, some in enumerate(samples)] for stop, _ in stops
+    ]
+    for run, some, steps in zip(both, samples, used):
+        checkpoints = []
+        for step in steps:
+            rows = []
+            for prompt, output in some[step]:
+                text, correct, score = split_mark(output.encode("utf-8", "replace").decode())  # no half characters
+                if len(text) > characters:
+                    more = len(text) - characters
+                    text = text[:characters] + f" [... {more} more characters: see samples.jsonl]"
+                rows.append([prompts.setdefault(prompt[:characters], len(prompts)), text, correct, score])
+            checkpoints.append({"step": f"step {step}", "numbers": numbers_at(run, step), "rows": rows})
+        runs.append({"name": "broken" if run.label != "clean" else "clean", "checkpoints": checkpoints})
+    jumps = {"start": 0, "end": len([s for s, _ in stops if not isinstance(s, str)]) - 1}
+    if peak in numbers:
+        jumps = {"start": 0, "peak": [s for s, _ in stops].index(peak), "end": jumps["end"]}
+    return {
+        "stops": [label for _, label in stops], "at": at, "runs": runs, "jumps": jumps, "prompts": list(prompts),
+        "words": WORDS, "single": len(both) == 1,
+    }  # fmt: skip
+
+
+def name_of(step):
+    """ "100, attacked" -> "attacked": the two runs may have different numbers of steps."""
+    return step.split(", ", 1)[-1]
+
+
+def step_at(samples, stop):
+    """The checkpoint of a run that belongs to a stop of the slider: the last one before it, or of the same name."""
+    if isinstance(stop, str):
+        same = [step for step in samples if isinstance(step, str) and name_of(step) == stop]
+        return same[-1] if same else list(samples)[-1]
+    before = [step for step in samples if not isinstance(step, str) and step <= stop]
+    return before[-1] if before else next(iter(samples))
+
+
+def numbers_at(run, step):
+    """[(name, value), ...] of the evaluation at a checkpoint."""
+    found = {}
+    for line in run.metrics:
+        if line["step"] == step and "n" not in line:
+            found = line | found  # an evaluation is logged before the update of the same step
+    some = [name for name in NUMBERS if name in found] or ["loss"] * ("loss" in found)
+    some = [n for n in some if f"test_{n}" not in found]  # of a batch: the evaluation says the same of all problems
+    names = (name.removeprefix("test_") for name in some)
+    return [(SHORT.get(n, n), number(found[k])) for n, k in zip(names, some)]
+
+
+def reader(number, data_exists, both):
+    head = f"<section id=outputs><h2><span>{number}</span> Read the outputs</h2>"
+    if not data_exists:
+        return f"{head}<p>This run stored no outputs.</p></section>"
+    return f"""{head}
+<p>The same problems at every checkpoint{": left the clean run, right the broken one" if both else ""}. Move the slider.
+Words that say nothing about correctness are <mark>marked</mark>.</p>
+<div class=slider><label for=stop>Checkpoint: <output id=now for=stop></output></label>
+<input type=range id=stop min=0 step=1><div id=jumps role=group aria-label="Go to"></div></div>
+<div id=summary class=pair></div>
+<div id=rows></div></section>"""
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Verdict
+
+
+def verdict(run, entry):
+    claims = run.report.get("claims", {})
+    rows = []
+    for claim, holds in claims.items():
+        measured = r"\((clean minus broken|clean|broken) (-?\d+\.\d+)\)"
+        text = re.sub(measured, r'<b class="\1">\1 \2</b>', escape(claim))
+        rows.append(f'<li class="{"holds" if holds else "fails"}"><b>{"holds" if holds else "fails"}</b> {text}</li>')
+    failed = sum(not holds for holds in claims.values())
+    result = f"Reproduced: all {len(claims)} claims hold." if not failed else (
+        f"Not reproduced: {failed} of {len(claims)} claims {'does' if failed == 1 else 'do'} not hold.")  # fmt: skip
+    command, _, note = entry.cure.partition("   ")
+    if "peak_step" in run.report:
+        command = command.replace("--max_steps N", f"--max_steps {run.report['peak_step']}")
+    copy = ""
+    if command.startswith("python "):
+        copy = f"<p class=copy><code id=cure>{escape(command)}</code><button type=button id=copy>Copy</button></p>"
+    else:
+        note = entry.cure
+    return f"""<section><h2><span>5</span> Verdict</h2>
+<p class=lead>{result}</p>
+<p>A claim compares measured numbers with a threshold that was fixed before this run.</p>
+<ul class=claims>{"".join(rows)}</ul>
+<h3>Why it happens</h3><p>{sentence(entry.mechanism)} <span class=note>Source: {escape(entry.source)}.</span></p>
+<h3>The cure to try</h3>{copy}<p>{sentence(note.strip(" ()")) if note else ""}</p></section>"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole pages
+
+
+def head(title, line):
+    return f'<header><p><a href="../index.html">All runs</a></p><h1>{escape(title)}</h1><p>{line}</p></header>'
+
+
+def facts(run):
+    config, report = run.report["config"], run.report
+    return f"Seed {config.get('seed')}, {report.get('seconds', 0):.0f} seconds."
+
+
+def question(script):
+    """The first line of a script's docstring: what the chapter is about."""
+    docstring = ast.get_docstring(ast.parse((HERE.parent / f"{script}.py").read_text(encoding="utf-8")))
+    return escape(docstring.split("\n")[0])
+
+
+def break_page(clean, run, entry):
+    line = (f"<code>{entry.script}.py</code>: {question(entry.script)}</p><p>Here with one mistake, made on purpose, "
+            f'beside <a href="../{escape(clean.folder.name)}/page.html">the same run without it</a>. '
+            f"{facts(run)}")  # fmt: skip
+    return [
+        head(entry.name, line),
+        changed(entry),
+        guess(clean, run, entry),
+        external(clean, run, entry),
+        reader(4, read_samples(clean) and read_samples(run), True),
+        verdict(run, entry),
+    ]
+
+
+def run_page(run):
+    """A page of one run: every curve, the outputs, every number of the report."""
+    metrics, script = run.metrics, run.report["config"]["script"]
+    keys = list(dict.fromkeys(key for m in metrics for key in m if key not in ("step", "n")))
+    charts = []
+    for key in sorted(keys, key=lambda key: not key.startswith("test_")):  # evaluations first
+        if found := points(metrics, key):
+            batches = f"test_{key}" in keys or key in ("reward", "accuracy")
+            title = f"{key}, training batches" if batches else label(key.removeprefix("test_"))
+            line = ("single", "last", *found[1:], found[2][-1])
+            charts.append(chart(title, [line], found[0], fraction=bool(FRACTION.search(key))))
+    numbers = {k: v for k, v in run.report.items() if type(v) in (int, float)}
+    rows = "".join(f"<tr><th scope=row>{escape(label(k))}<td>{number(v)}</tr>" for k, v in numbers.items())
+    flags = {k: v for k, v in run.report["config"].items() if v is not None and k not in ("code", "data_checksum")}
+    given = "".join(f"<tr><th scope=row>{escape(k)}<td>{escape(str(v))}</tr>" for k, v in flags.items())
+    return [
+        head(run.folder.name, f"<code>{script}.py</code>: {question(script)}</p><p>{facts(run)}"),
+        f"<section><h2><span>1</span> Curves</h2>{joined(charts)}</section>",
+        reader(2, read_samples(run), False),
+        f"<section><h2><span>3</span> Numbers</h2><table><tbody>{rows}</tbody></table>"
+        f"<details><summary>Flags</summary><table><tbody>{given}</tbody></table></details></section>",
+    ]
+
+
+MAIN = ("end_accuracy", "chosen", "accuracy_sampled", "held_out_accuracy", "loss")  # the number of a run in the list
+
+
+def index(folder):
+    """The list of all runs in a folder."""
+    rows = []
+    for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.suffix != ".old"):
+        try:
+            report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # unfinished, or damaged: it is listed all the same
+            report = {}
+        state = {None: "finished", True: "reproduced", False: "not reproduced"}[report.get("reproduced")]
+        main = next((m for m in MAIN if m in report), None)
+        name = escape(path.name)
+        if report and (path / "page.html").is_file():
+            name = f'<a href="{name}/page.html">{name}</a>'
+        if main:
+            name += f"<br><span class=note>{escape(label(main))} {number(report[main])}</span>"
+        rows.append(f"<tr><th scope=row>{name}<td>{state if report else 'unfinished'}</tr>")
+    return (
+        f"<header><h1>Runs</h1><p>{len(rows)} runs, by name. A break has two runs; its page compares them.</p></header>"
+        f"<section><table><thead><tr><th scope=col>run<th scope=col>result</tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table></section>"
+    )
