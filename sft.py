@@ -204,7 +204,8 @@ def train(args):
 
     # ---- the report
     model.config.chat = True
-    results |= run.mean("loss")
+    trained = runs.Run(runs.without_break(args)) if args.break_ in ASKED_WRONGLY else run
+    results |= trained.mean("loss")
     if problems:
         results |= measure_pass_at_k(model, asked, problems[: max(1, args.problems // 5)], args.seed)
         fresh = task.problems(args.problems, f"fresh {args.seed}", "test")

@@ -412,7 +412,7 @@ BREAKS = [
             "than in training. The longest prompt of a batch, or a prompt alone, is answered as before."
         ),
         source="TRL issue 469; OpenRLHF issue 217",
-        dashboard=(),
+        dashboard=("loss",),
         external=SFT,
         claims=(
             broken("accuracy_sampled") < 0.5 * clean("accuracy_sampled"),
@@ -420,7 +420,7 @@ BREAKS = [
         ),
         cure="python sft.py   (gpt.sample masks the padding and counts positions without it)",
         panels=(
-            Panel("the same weights", "fraction", ("ended",), bars=True),
+            Panel("dashboard: training loss", "nats per token", ("loss",), bars=True),
             Panel("external: accuracy", "fraction of problems", ("accuracy_sampled", "accuracy_greedy"), bars=True),
         ),
     ),
@@ -433,7 +433,7 @@ BREAKS = [
             "model's template it answers whatever follows such words in its data, and it does not end."
         ),
         source="open-r1 issue 462; OpenRLHF issue 393",
-        dashboard=(),
+        dashboard=("loss",),
         external=SFT,
         claims=(
             broken("accuracy_sampled") < 0.5 * clean("accuracy_sampled"),
@@ -441,7 +441,7 @@ BREAKS = [
         ),
         cure="python sft.py   (one function makes the prompt, in training and in use: gpt.Tokenizer.prompt)",
         panels=(
-            Panel("the same weights", "fraction", ("ended",), bars=True),
+            Panel("dashboard: training loss", "nats per token", ("loss",), bars=True),
             Panel("external: accuracy", "fraction of problems", ("accuracy_sampled", "accuracy_greedy"), bars=True),
         ),
     ),
