@@ -348,7 +348,7 @@ def parser():
     add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut")
     add("--problems", type=int, help="held-out problems (default 500: a standard error of 2 points;\n"
         "with --data 50, if it has gold answers)")
-    add("--eval_every", type=int, default=25, help="steps between evaluations")
+    add("--eval_every", type=int, default=50, help="steps between evaluations")
     return p
 # fmt: on
 

@@ -2,7 +2,7 @@
 
     python grpo.py                                the short run: 10 steps against a learned reward model
     python grpo.py --break reward_hacking         the same run, continued to step 500
-    python grpo.py --break no_kl                  without the KL penalty, 250 steps with and without it
+    python grpo.py --break no_kl                  without the KL penalty, 200 steps with and without it
     python grpo.py --break entropy_collapse       a true reward, and what it costs
     python grpo.py --reward checker --max_steps 1000      the same number of steps against a true reward
 

@@ -585,7 +585,7 @@ BREAKS = [
         claims=NO_KL_CLAIMS,
         cure="python grpo.py   (and stop early: the KL penalty only slows the drift)",
         panels=RL_PANELS,
-        flags=("--max_steps", "250"),
+        flags=("--max_steps", "200"),
     ),
     Break(
         "grpo",
@@ -598,7 +598,7 @@ BREAKS = [
         claims=(broken("check") > clean("check") + 0.05, broken("end_accuracy") < clean("end_accuracy") - 0.1),
         cure="python grpo.py --reward checker   (reward the result that you want, not a sign of it)",
         panels=RL_PANELS,
-        flags=("--max_steps", "250", "--reward", "checker"),
+        flags=("--max_steps", "200", "--reward", "checker"),
     ),
     Break(
         "grpo",
@@ -614,7 +614,7 @@ BREAKS = [
         claims=NO_KL_CLAIMS,
         cure="python grpo.py   (k3 as the loss, or k1 in the reward)",
         panels=RL_PANELS,
-        flags=("--max_steps", "250"),
+        flags=("--max_steps", "200"),
     ),
     Break(
         "grpo",
@@ -634,7 +634,7 @@ BREAKS = [
         ),
         cure="python grpo.py   (one temperature for sampling and scoring)",
         panels=RL_PANELS,
-        flags=("--max_steps", "250", "--reward", "checker"),
+        flags=("--max_steps", "200", "--reward", "checker"),
     ),
     Break(
         "grpo",
@@ -653,7 +653,7 @@ BREAKS = [
         ),
         cure="python grpo.py   (log-probabilities as recorded in sampling, or fresh answers)",
         panels=RL_PANELS,
-        flags=("--max_steps", "250", "--reward", "checker"),
+        flags=("--max_steps", "200", "--reward", "checker"),
     ),
     Break(
         "grpo",
@@ -697,7 +697,7 @@ BREAKS = [
             Panel("external: accuracy", "fraction of problems", ("test_accuracy",)),
             Panel("external: one of k is correct", "fraction of problems", ("pass@1", "pass@8", "pass@64"), bars=True),
         ),
-        flags=("--max_steps", "500", "--reward", "checker"),
+        flags=("--max_steps", "300", "--reward", "checker"),
     ),
     # ---- dpo.py
     Break(

@@ -7,6 +7,7 @@ Slow: a whole chain of base, SFT, DPO, reward and RL models. What must hold are 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server import REPO, folders
@@ -65,24 +66,41 @@ def cwd(tmp_path_factory):
 
 
 def python(cwd, script, *flags):
+    """The finished process of `python SCRIPT.py FLAGS`, on one core."""
     command = [sys.executable, str(REPO / f"{script}.py"), "--seed", str(SEED), *flags]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
-def both(cwd):
-    """both(script, name): clean run, broken run and what was printed. A break is run once, as a reader would."""
-    made = {}
+def done(cwd):
+    """{(script, name): finished process} of all breaks, run as a reader would, two at a time."""
+    # What several breaks start from, first: two processes cannot write one run.
+    for script, *flags in (("sft",), ("sft", "--answer_only"), ("reward_model",)):
+        assert not python(cwd, script, *flags).returncode
+    # Breaks with the same flags have the same clean run, so they take turns.
+    groups = {}
+    for b in BREAKS:
+        groups.setdefault((b.script, b.flags), []).append(b)
+
+    def run(some):
+        return {(b.script, b.name): python(cwd, b.script, "--break", b.name, *FLAGS.get(b.name, "").split())
+                for b in some}  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        return {key: process for made in pool.map(run, groups.values()) for key, process in made.items()}
+
+
+@pytest.fixture(scope="module")
+def both(cwd, done):
+    """both(script, name): clean run, broken run and what was printed."""
 
     def both(script, name):
-        if (script, name) not in made:
-            out = python(cwd, script, "--break", name, *FLAGS.get(name, "").split())
-            (bad,) = [f for f in folders(cwd) if (f.config["script"], f.config.get("break_")) == (script, name)]
-            (good,) = [f for f in folders(cwd) if f.config == bad.config | {"break_": None}]
-            made[script, name] = good, bad, out
-        return made[script, name]
+        process = done[script, name]
+        assert process.returncode == 0, process.stderr[-2000:]
+        (bad,) = [f for f in folders(cwd) if (f.config["script"], f.config.get("break_")) == (script, name)]
+        (good,) = [f for f in folders(cwd) if f.config == bad.config | {"break_": None}]
+        return good, bad, process.stdout
 
     return both
 
@@ -124,9 +142,9 @@ def test_unsafe_eval_is_the_same_model(both):
     assert good.report["canary"] == 0
 
 
-def test_with_and_without_the_tool(cwd):
+def test_with_and_without_the_tool(cwd, done):
     """40 points between the model with its tool and the control."""
-    python(cwd, "tools", "--resume")
+    assert not python(cwd, "tools", "--resume").returncode
     tools = [f for f in folders(cwd) if f.config["script"] == "tools" and not f.config["break_"]]
     (good,), (plain,) = ([f.report for f in tools if f.config["plain"] is control] for control in (False, True))
     for name in ("accuracy_greedy", "accuracy_sampled", "accuracy_unpriced", "accuracy_priced"):
