@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -287,14 +288,15 @@ def main(argv=None):
         os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts
     for script, _ in wanted:  # here, not in two threads at the same time
         importlib.import_module(script)
+    # Ctrl-C reaches the scripts too: they save and end. Then nothing more is started, and the same command continues.
     stop = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(measure_seed, seed, wanted, flags, stop) for seed in args.seeds if wanted]
-        try:
-            results = [result for job in jobs for result in job.result()]
-        except KeyboardInterrupt:  # the scripts have received it too: they save, and the same command continues
-            stop.set()
-            sys.exit(130)
+        results = [result for job in jobs for result in job.result()]
+    signal.signal(signal.SIGINT, before)
+    if stop.is_set():
+        sys.exit(130)
     if results:
         found = groups(results)
         print("\n" + "\n".join(overview(found)))

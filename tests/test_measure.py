@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import measure
@@ -162,6 +164,24 @@ def test_a_script_that_fails_does_not_stop_the_others(there, command, monkeypatc
         command(*ALL)
     assert len(results()) == 3
     assert "exit code 1, No space left   (all of it: runs/logs/dpo-flip_labels" in capsys.readouterr().out
+
+
+def test_after_ctrl_c_nothing_more_is_started(there, command, monkeypatch):
+    shutil.rmtree("results")
+    Path("results").mkdir()
+    started, before = [], signal.getsignal(signal.SIGINT)
+
+    def interrupted(script, flags, output):
+        started.append(script)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # the main thread handles it
+        return 130
+
+    monkeypatch.setattr(measure, "execute", interrupted)
+    with pytest.raises(SystemExit) as error:
+        command(*ALL)
+    assert error.value.code == 130 and len(started) == 1
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_tables_are_written_from_the_results_alone(there):
