@@ -416,7 +416,8 @@ def outputs(both, characters):
                     more = len(text) - characters
                     text = text[:characters] + f" [... {more} more characters: see samples.jsonl]"
                 rows.append([prompts.setdefault(prompt[:characters], len(prompts)), text, correct, score])
-            checkpoints.append({"step": f"step {step}", "numbers": numbers_at(run, step), "rows": rows})
+            name = name_of(step) if isinstance(step, str) else f"step {step}"
+            checkpoints.append({"step": name, "numbers": numbers_at(run, step), "rows": rows})
         runs.append({"name": "broken" if run.label != "clean" else "clean", "checkpoints": checkpoints})
     jumps = {"start": 0, "end": len([s for s, _ in stops if not isinstance(s, str)]) - 1}
     if peak in numbers:
