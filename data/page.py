@@ -18,6 +18,7 @@ import re
 import textwrap
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 from data import breaks, task
 
@@ -34,6 +35,9 @@ def write(run, clean=None, entry=None):
     clean, entry: of a break, the clean run and the entry of the catalogue.
     """
     both = [clean, run] if entry else [run]
+    # The files of a run are read once: run.metrics reads them each time.
+    both = [SimpleNamespace(folder=r.folder, label=r.label, report=r.report, metrics=r.metrics) for r in both]
+    clean, run = both[0], both[-1]
     parts = break_page(clean, run, entry) if entry else run_page(run)
     characters = 200_000
     while True:  # long outputs are cut until the page is small enough to open at once
@@ -416,11 +420,13 @@ def outputs(both, characters):
                     more = len(text) - characters
                     text = text[:characters] + f" [... {more} more characters: see samples.jsonl]"
                 rows.append([prompts.setdefault(prompt[:characters], len(prompts)), text, correct, score])
-            checkpoints.append({"step": f"step {step}", "numbers": numbers_at(run, step), "rows": rows})
+            name = name_of(step) if isinstance(step, str) else f"step {step}"
+            checkpoints.append({"step": name, "numbers": numbers_at(run, step), "rows": rows})
         runs.append({"name": "broken" if run.label != "clean" else "clean", "checkpoints": checkpoints})
-    jumps = {"start": 0, "end": len([s for s, _ in stops if not isinstance(s, str)]) - 1}
-    if peak in numbers:
-        jumps = {"start": 0, "peak": [s for s, _ in stops].index(peak), "end": jumps["end"]}
+    steps = [stop for stop, _ in stops if not isinstance(stop, str)]
+    jumps = {"start": 0, "peak": steps.index(peak) if peak in steps else 0, "end": max(0, len(steps) - 1)}
+    if peak not in steps:
+        del jumps["peak"]
     return {
         "stops": [label for _, label in stops], "at": at, "runs": runs, "jumps": jumps, "prompts": list(prompts),
         "words": WORDS, "single": len(both) == 1,
@@ -428,7 +434,7 @@ def outputs(both, characters):
 
 
 def name_of(step):
-    """ "100, attacked" -> "attacked": the two runs may have different numbers of steps."""
+    """The name of a text like "100, attacked" without its step, which may differ between the two runs."""
     return step.split(", ", 1)[-1]
 
 
@@ -453,9 +459,9 @@ def numbers_at(run, step):
     return [(SHORT.get(n, n), number(found[k])) for n, k in zip(names, some)]
 
 
-def reader(number, data_exists, both):
-    head = f"<section id=outputs><h2><span>{number}</span> Read the outputs</h2>"
-    if not data_exists:
+def reader(place, has_outputs, both):
+    head = f"<section id=outputs><h2><span>{place}</span> Read the outputs</h2>"
+    if not has_outputs:
         return f"{head}<p>This run stored no outputs.</p></section>"
     return f"""{head}
 <p>The same problems at every checkpoint{": left the clean run, right the broken one" if both else ""}. Move the slider.

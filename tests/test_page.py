@@ -395,8 +395,8 @@ def test_the_slider_changes_the_outputs(made, browser, script, name):
         shown = outputs_shown(browser)
         assert slider.get_attribute("aria-valuetext") == browser.one("#now").text
         for side, lines in enumerate(samples):
-            step = browser.all("#summary h3")[side].text.split("step ")[1]
-            (line,) = [line for line in lines if str(line["step"]) == step]
+            said = browser.all("#summary h3")[side].text.split(", ", 1)[1].removeprefix("step ")
+            (line,) = [line for line in lines if page.name_of(str(line["step"])) == said]
             assert [" ".join(row[side].split()) for row in shown] == [visible(text) for _, text in line["samples"]]
         seen.add(browser.one("#rows").text)
         slider.send_keys(keys.ARROW_RIGHT)
