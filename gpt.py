@@ -718,7 +718,7 @@ def load_model(where, device="cpu", bfloat16=False, scorer=False):
     except checkpoints.ERRORS as error:
         checkpoints.unreadable(where, error)
     missing = len(Tokenizer.SPECIAL) if config.vocab_size == 50257 else 0
-    if files:
+    if config.tokenizer not in vocabularies.OURS:
         tok = Tokenizer(config.tokenizer)
         missing = max(0, tok.vocab_size - config.vocab_size)
         config.chat = config.chat or tok.template is not None
