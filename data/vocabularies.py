@@ -192,18 +192,18 @@ class Template:
         environment.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
         # Not as in `transformers`: no strftime_now. Llama 3.2 writes the date with it, or else a fixed one. With a
         # fixed date the same prompt has the same ids tomorrow.
-        try:
-            self.template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"its chat template: {error}") from None
         self.special, self.names = special, names
         marks = sorted((re.escape(token) for token in special if len(token) > 1), key=len, reverse=True)
         self.marks = re.compile("|".join(marks) or "(?!)")  # the longest first; (?!) is found nowhere
-        pieces = self.pieces("question", "the answer")
-        place = next((i for i, piece in enumerate(pieces) if str(piece).endswith("the answer")), None)
-        if place is None or not all(isinstance(piece, int) for piece in pieces[place + 1 :][:1] or [None]):
+        try:
+            self.template = environment.from_string(source)
+            pieces = self.pieces("question", "the answer")
+        except jinja2.TemplateError as error:
+            raise ValueError(f"its chat template: {error}") from None
+        behind = [b for a, b in zip(pieces, pieces[1:]) if str(a).endswith("the answer") and isinstance(b, int)]
+        if not behind:
             raise ValueError("its chat template does not close an answer with a special token")
-        self.end = pieces[place + 1]
+        self.end = behind[0]
         # Padding must not be the end token: see gpt.Tokenizer. Some models have no other one, so then it is a
         # special token that the template does not use.
         self.pad = special.get(names.get("pad_token"))
