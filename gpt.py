@@ -809,7 +809,7 @@ def parser():
     p = argparse.ArgumentParser(
         prog="gpt.py", description="Train the base model, or talk to any checkpoint (--load).")
     add = p.add_argument
-    add("--load", help="talk to this checkpoint: a folder, or gpt2, gpt2-medium, ...")
+    add("--load", help="talk to this checkpoint: a folder, gpt2, gpt2-medium, ..., or OWNER/NAME on the hub")
     add("--prompt", default="Leo has 7 eggs.", help="the text to continue, or the question to answer")
     add("--tokens", type=int, default=60, help="maximum number of new tokens")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy decoding")
