@@ -12,13 +12,14 @@ it a format (sft.py), then preferences (dpo.py, or reward_model.py with ppo.py o
 
 What is in this file, in reading order:
 
-    1. GPT               GPT-2's architecture exactly, so that GPT-2's weights load into it
-    2. Tokenizer         tiktoken, with four special tokens for a chat
+    1. GPT               GPT-2's architecture exactly, so that GPT-2's weights load into it; and what Llama, Qwen
+                         and SmolLM do differently today, one place for each difference
+    2. Tokenizer         tiktoken, with four special tokens for a chat, or a published model's chat template
     3. sample            generation in batches with a key-value cache
     4. completion_logps  log-probabilities of answers: what every algorithm here is made of; and
                          completion_scores, the same for a model with one number as its output
     5. solve, examine    a model's answers to held-out problems, checked
-    6. load_model        checkpoints in the layout of Hugging Face's GPT-2
+    6. load_model        checkpoints in Hugging Face's layout
     7. train             pretraining
 
 Left out: dropout (nothing here trains long enough to need it, and log-probabilities computed with dropout are
@@ -28,9 +29,9 @@ random), distributed training, compilation.
 import argparse
 import hashlib
 import itertools
-import json
 import math
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +39,8 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from data import checkpoints, lessons, make_vocab, report, runs, task, tool_task
+from data import checkpoints, lessons, report, runs, task, tool_task, vocabularies
 from data.checker import is_correct
 from data.runs import rng
 
@@ -49,6 +49,16 @@ from data.runs import rng
 #
 # Shapes: B sequences, T tokens, C channels, H heads, D = C/H channels per head, V tokens in the vocabulary, S =
 # tokens attended to (cached ones and new ones).
+#
+# GPT-2 is from 2019. The models of today (Llama, Qwen, SmolLM) are the same transformer with five differences:
+#
+#                      GPT-2                             today                                         where
+#     normalization    LayerNorm                         RMSNorm: no mean, no bias                     RMSNorm, norm
+#     positions        a learned vector, added to x      queries and keys are rotated                  Rotary, rotate
+#     MLP              GELU                              SwiGLU: one half is a gate for the other      MLP
+#     keys and values  one head for each query head      one head for several query heads (GQA)        Attention
+#     biases           everywhere                        none; Qwen2: in q, k, v; Qwen3: none, but     Attention
+#                                                        q and k are normalized
 
 
 @dataclass
@@ -58,15 +68,33 @@ class GPTConfig:
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128
-    tokenizer: str = "task"  # which vocabulary the ids belong to: "task" or "gpt2"
+    tokenizer: str = "task"  # which vocabulary the ids belong to: "task", "gpt2" or the folder of a published one
     chat: bool = False  # trained on conversations (sft.py and later), not on running text
+    end: int | None = None  # id of the end token, for `transformers` (default: that of our tokens, vocab_size - 2)
+    pad: int | None = None  # id of the padding token (default: vocab_size - 1)
+    # What differs between GPT-2 and the models of today. The defaults are GPT-2's.
+    norm: str = "layer"  # or "rms"
+    norm_eps: float = 1e-5
+    rope: dict | None = None  # settings of rotary positions, as in Hugging Face's files; None: learned positions
+    mlp: str = "gelu"  # or "swiglu"
+    n_inner: int | None = None  # width inside the MLP (default: 4 n_embd)
+    n_kv_head: int | None = None  # heads of keys and values (default: n_head)
+    head_dim: int | None = None  # channels per head (default: n_embd / n_head)
+    biases: str = "all"  # of linear layers: "all", "qkv" or "none"
+    qk_norm: bool = False
+    tied: bool = True  # the output layer is the embedding
+
+    def __post_init__(self):
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
 
 
 class Cache:
     """Keys and values of the tokens read so far, so that generation computes each token once."""
 
     def __init__(self, config, batch, length, device, dtype):
-        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))  # (L, B, H, S_max, D)
         self.length = 0  # tokens in the cache
 
@@ -82,61 +110,137 @@ class Cache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension. LayerNorm also subtracts the mean and adds a bias;
+    a transformer learns as well without both (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        # In float32: the mean of squares loses too much in bfloat16.
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def norm(config):
+    return (nn.LayerNorm if config.norm == "layer" else RMSNorm)(config.n_embd, config.norm_eps)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021): queries and keys are rotated by an angle that grows with the position.
+
+    The D channels of a head are D/2 pairs, and pair i turns by theta^(-2i/D) radians per position: the first pair
+    fast, the last one slowly. A query at position m and a key at position n are then rotated against each other by
+    an angle that depends on m - n only. So attention sees distances between tokens, not their places.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D, rope = config.head_dim, config.rope
+        speed = 1 / rope["rope_theta"] ** (torch.arange(0, D, 2).float() / D)  # (D/2,), radians per position
+        if rope["rope_type"] == "linear":  # a context `factor` times as long: all pairs turn more slowly
+            speed = speed / rope["factor"]
+        elif rope["rope_type"] == "llama3":
+            # Only the slow pairs, which made less than low_freq_factor turns in the shorter context. Those that made
+            # more than high_freq_factor turns stay as they are. Between the two, the pairs get a mixture.
+            turns = rope["original_max_position_embeddings"] * speed / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            fast = ((turns - low) / (high - low)).clamp(0, 1)
+            speed = fast * speed + (1 - fast) * speed / rope["factor"]
+        self.register_buffer("speed", speed, persistent=False)  # follows the model to its device, is not saved
+
+    def forward(self, positions):
+        """Cosines and sines for positions (T,) or (B, T): (1, T, D/2) or (B, 1, T, D/2), the same for all heads."""
+        angle = positions[..., None].float() * self.speed
+        return angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)
+
+
+def rotate(x, rotation):
+    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D), in float32."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.head_dim = config.head_dim
+        # Fewer heads of keys and values make the cache smaller; each serves n_head / n_kv_head heads of queries.
+        self.widths = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.biases != "none")
+        self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.biases == "all")
+        # Queries and keys of length sqrt(D), times learned weights: attention scores cannot grow without bound.
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2)
+        )
 
-    def forward(self, x, mask, cache, layer):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        # (B, T, C) -> (B, H, T, D)
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
+    def forward(self, x, mask, cache, layer, rotation):
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).split(self.widths, dim=2)
+        # (B, T, H D) -> (B, H, T, D); k and v have n_kv_head heads
+        q, k, v = (z.view(B, T, -1, self.head_dim).transpose(1, 2) for z in (q, k, v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         # `is_causal` is the fast path, but it assumes that query i is token i: a new query behind five cached
         # tokens would attend to the first one only. So it is used only where queries and keys are the same tokens.
         # Everywhere else `mask` says which keys each query attends to.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        grouped = self.widths[0] != self.widths[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def swiglu(x):
+    """(..., 2 N) -> (..., N): one half of the channels says how much of the other half passes (Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gated = config.mlp == "swiglu"
+        width = config.n_inner * (2 if self.gated else 1)
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.biases == "all")
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.biases == "all")
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the tanh form
+        x = self.c_fc(x)
+        return self.c_proj(swiglu(x) if self.gated else F.gelu(x, approximate="tanh"))  # GPT-2 uses the tanh form
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache, layer):
-        x = x + self.attn(self.ln_1(x), mask, cache, layer)
+    def forward(self, x, mask, cache, layer, rotation):
+        x = x + self.attn(self.ln_1(x), mask, cache, layer, rotation)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm, tied input and output embedding."""
+    """GPT-2 (Radford et al. 2019), or one of its descendants, as the config says."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.rope is None else None
+        self.rotary = Rotary(config) if config.rope is not None else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm(config)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.bfloat16 = False  # compute in bfloat16 (autocast); the weights stay float32
+        self.tokenizer_files = {}  # {name: bytes}: a published tokenizer, which is saved along with the model
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -180,44 +284,34 @@ class GPT(nn.Module):
             # A padding token attends to itself: a softmax over nothing would be 0/0.
             mask = (mask | (key == query))[:, None]  # (B, 1, T, S), the same for all heads
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
-            x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
+            x, rotation = self.wte(ids), None  # (B, T, C)
+            if self.rotary is None:
+                x = x + self.wpe(positions)
+            else:
+                rotation = self.rotary(positions)
             for layer, block in enumerate(self.h):
-                x = block(x, mask, cache, layer)
+                x = block(x, mask, cache, layer, rotation)
             if cache is not None:
                 cache.length = S
             return self.ln_f(x)
 
     def head(self, hidden):
         """Logits (..., V) from hidden states (..., C): a dot product with every token's embedding."""
+        output = self.wte if self.lm_head is None else self.lm_head  # larger models have a second embedding for this
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return F.linear(hidden, self.wte.weight)
+            return F.linear(hidden, output.weight)
 
     def forward(self, ids, valid=None, cache=None):
         """Logits (B, T, V). The logits at position t predict token t+1."""
         return self.head(self.hidden(ids, valid, cache))
 
     def save(self, folder, scorer=None):
-        """Write folder/config.json and folder/model.safetensors, which `transformers` opens as GPT2LMHeadModel."""
-        c = self.config
-        config = {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-            "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
-            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tokenizer": c.tokenizer,
-            "chat": c.chat, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-            "bos_token_id": None, "eos_token_id": c.vocab_size - 2, "pad_token_id": c.vocab_size - 1,
-        }  # fmt: skip
-        weights = {
-            "transformer." + name: (w.t() if name.endswith(TRANSPOSED) else w).detach().contiguous()
-            for name, w in self.state_dict().items()
-        }
+        """Write config.json, model.safetensors and a published tokenizer's files: `transformers` opens the folder."""
+        config, weights = checkpoints.to_hugging_face(self.config, self.state_dict(), scorer is not None)
         if scorer:
-            config |= {"architectures": ["GPT2ForSequenceClassification"], "num_labels": 1,
-                       "score_mean": scorer.mean, "score_std": scorer.std}  # fmt: skip
+            config |= {"num_labels": 1, "score_mean": scorer.mean, "score_std": scorer.std}
             weights["score.weight"] = scorer.score.weight.detach()
-        folder.mkdir(parents=True, exist_ok=True)
-        text, metadata = json.dumps(config, indent=2), {"format": "pt"}
-        runs.write_atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-        runs.write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path, metadata))
+        checkpoints.write(folder, config, weights, self.tokenizer_files)
 
 
 class Scorer(nn.Module):
@@ -240,7 +334,7 @@ class Scorer(nn.Module):
         return (raw - self.mean) / self.std
 
     def save(self, folder):
-        """As GPT.save; `transformers` opens it as GPT2ForSequenceClassification."""
+        """As GPT.save; `transformers` opens it as a model for sequence classification with one label."""
         self.transformer.save(folder, scorer=self)
 
 
@@ -267,33 +361,47 @@ class Tokenizer:
     A conversation is the ids   <|user|> question <|assistant|> answer <|end|>
     Padding is <|pad|>, a token of its own (sft.py finds padding by its id). If padding and end token were the same,
     masking the padding would mask the end too, and the model would never learn to stop (see sft.py --break eos_masked).
+
+    A published chat model brings special tokens and a template of its own (see vocabularies.Template), and answers
+    well only if it is asked in that form. Then it gets no tokens of ours.
     """
 
     SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
 
     def __init__(self, name):
+        """name: "task", "gpt2", or the folder of a published model."""
         self.name = name
-        pattern, ranks = make_vocab.load(name)
-        # GPT-2's own special token <|endoftext|> has the id after its ranks; ours follow it.
-        first = len(ranks) + (name == "gpt2")
-        special = {token: first + i for i, token in enumerate(self.SPECIAL)}
-        self.user, self.assistant, self.end, self.pad = special.values()
-        self.vocab_size = first + len(special)
-        if name == "gpt2":
-            special["<|endoftext|>"] = len(ranks)
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        known = vocabularies.load(name)
+        self.template, self.nfc, self.start = known.template, known.nfc, list(known.start)
+        self.vocab_size, special = known.size, known.special
+        self.user = self.assistant = None
+        if self.template is None:
+            ours = {token: known.size + i for i, token in enumerate(self.SPECIAL)}
+            self.user, self.assistant, self.end, self.pad = ours.values()
+            self.vocab_size, special = known.size + len(ours), special | ours
+        else:
+            self.end, self.pad = self.template.end, self.template.pad
+        # Bytes that a vocabulary lacks have ids behind the last one.
+        self.incomplete = max(known.ranks.values()) >= self.vocab_size
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=known.pattern, mergeable_ranks=known.ranks, special_tokens=special
+        )
 
     def encode(self, text):
         """Ids of plain text. "<|end|>" inside a text is encoded as ordinary characters, so a text can neither end
         an answer nor open a turn."""
-        return self.encoding.encode_ordinary(text)
+        ids = self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        return [i for i in ids if i < self.vocab_size] if self.incomplete else ids
 
     def decode(self, ids):
         return self.encoding.decode(list(ids))
 
     def prompt(self, question):
         """Ids up to where the answer begins."""
-        return [self.user, *self.encode(question), self.assistant]
+        if self.template is None:
+            return [*self.start, self.user, *self.encode(question), self.assistant]
+        pieces = self.template.pieces(question)
+        return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else self.encode(piece))]
 
     def answer(self, text):
         """Ids of an answer with its end token. Question and answer are encoded apart: encoded together, a token
@@ -594,49 +702,45 @@ def check_room(model, tok, problems, max_new_tokens):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Loading checkpoints, in the layout of Hugging Face's GPT-2
-
-# Their linear layers are stored transposed (Conv1D), ours are not.
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# 6. Loading checkpoints, in Hugging Face's layout
 
 
 def load_model(where, device="cpu", bfloat16=False, scorer=False):
-    """A language model from a folder, or by name from the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl).
+    """A language model from a folder, or by name from the hub: gpt2, gpt2-medium, ..., or OWNER/NAME.
 
-    scorer=True accepts a reward model too, and returns its transformer. GPT-2's vocabulary has 50257 tokens; four
-    rows are added for the chat tokens. If nothing can be loaded, exits with one line that says why.
+    scorer=True accepts a reward model too, and returns its transformer. A model without a chat template (GPT-2, base
+    models) gets four more rows in its embedding, for our chat tokens. If nothing can be loaded, exits with one line
+    that says why.
     """
-    c, loaded = checkpoints.read(where)
+    c, loaded, files = checkpoints.read(where)
     if "score.weight" in loaded and not scorer:
         sys.exit(f"{where} is a reward model or a verifier: it gives scores and cannot generate text")
     try:
-        config = GPTConfig(
-            vocab_size=c["vocab_size"], block_size=c["n_positions"], n_layer=c["n_layer"],
-            n_head=c["n_head"], n_embd=c["n_embd"], tokenizer=c.get("tokenizer") or "gpt2",
-            chat=c.get("chat", False),
-        )  # fmt: skip
+        config = GPTConfig(**checkpoints.settings(c))
         model = GPT(config)
-        weights = {}
-        for name in model.state_dict():
-            # Published GPT-2 files lack the prefix; files written by `transformers` have it.
-            w = loaded["transformer." + name if "transformer." + name in loaded else name]
-            weights[name] = w.t() if name.endswith(TRANSPOSED) else w
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoints.from_hugging_face(config, loaded, model.state_dict()))
     except checkpoints.ERRORS as error:
         checkpoints.unreadable(where, error)
-    if config.vocab_size == 50257:
-        # The new rows are the mean of the old ones: their logits start at the average.
-        extra = model.wte.weight.detach().mean(0, keepdim=True).repeat(len(Tokenizer.SPECIAL), 1)
-        model.wte = nn.Embedding.from_pretrained(torch.cat([model.wte.weight.detach(), extra]), False)
-        config.vocab_size += len(extra)
-    model.bfloat16 = bfloat16
+    missing = len(Tokenizer.SPECIAL) if config.vocab_size == 50257 else 0
+    if config.tokenizer not in vocabularies.OURS:
+        tok = Tokenizer(config.tokenizer)
+        missing = max(0, tok.vocab_size - config.vocab_size)
+        config.chat = config.chat or tok.template is not None
+        config.end, config.pad = tok.end, tok.pad
+    if missing:
+        for layer in filter(None, (model.wte, model.lm_head)):
+            # The new rows are the mean of the old ones: their logits start at the average.
+            old = layer.weight.detach()
+            layer.weight = nn.Parameter(torch.cat([old, old.mean(0, keepdim=True).repeat(missing, 1)]))
+        config.vocab_size += missing
+    model.bfloat16, model.tokenizer_files = bfloat16, files
     return model.to(device)
 
 
 def load_scorer(where, device="cpu", bfloat16=False):
     """A reward model or verifier from the folder of a run or of a model. Exits if it is none."""
     scorer = Scorer(load_model(where, device, bfloat16, scorer=True)).to(device)
-    config, weights = checkpoints.read(where)
+    config, weights, _ = checkpoints.read(where)
     weight = weights.get("score.weight")
     if weight is None:
         sys.exit(f"{where} is a language model and gives no scores. Make a reward model: reward_model.py")
@@ -727,7 +831,7 @@ def chat(args):
     """Answer (a chat model) or continue (a base model) one prompt."""
     model = load_model(args.load, args.device, args.dtype == "bfloat16")
     tok = Tokenizer(model.config.tokenizer)
-    ids = tok.prompt(args.prompt) if model.config.chat else tok.encode(args.prompt)
+    ids = tok.prompt(args.prompt) if model.config.chat else tok.start + tok.encode(args.prompt)
     if not args.prompt:
         sys.exit("--prompt is empty: give it a few words to continue")
     room = model.config.block_size - len(ids)
@@ -743,7 +847,7 @@ def parser():
     p = argparse.ArgumentParser(
         prog="gpt.py", description="Train the base model, or talk to any checkpoint (--load).")
     add = p.add_argument
-    add("--load", help="talk to this checkpoint: a folder, or gpt2, gpt2-medium, ...")
+    add("--load", help="talk to this checkpoint: a folder, gpt2, gpt2-medium, ..., or OWNER/NAME on the hub")
     add("--prompt", default="Leo has 7 eggs.", help="the text to continue, or the question to answer")
     add("--tokens", type=int, default=60, help="maximum number of new tokens")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy decoding")

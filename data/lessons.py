@@ -100,7 +100,9 @@ def preferences(args, tok, context, n=None, held_out=200, annotator="human"):
             task.preference_pairs(held_out, args.seed, "test", annotator=annotator),
             task.problems(args.problems or 500, args.seed, "test"),
         )
-    room = min(args.max_tokens, context)
+    # A published chat template can be longer than the four tokens that clean_pairs allows for it.
+    template = len(tok.prompt("")) + len(tok.answer(""))
+    room = min(args.max_tokens, context - max(0, template - public.TEMPLATE_TOKENS))
     pairs, counts = public.clean_pairs(public.load_or_exit(args.data), tok.encode, room)
     public.say_counts(args.data, counts, room)
     if len({p["prompt"] for p in pairs}) < 2:

@@ -720,12 +720,13 @@ def test_no_model(tmp_path, monkeypatch):
     random_model().save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     exits(gpt.load_scorer, str(tmp_path), match="model.safetensors is missing")
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", no_network)
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "snapshot_download", no_network)
     monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
-    exits(gpt.load_model, "gpt2", match="gpt2 could not be downloaded .ConnectionError")
+    for name in ("gpt2", "someone/some-model"):
+        exits(gpt.load_model, name, match=f"no model in {name}: .* not be downloaded .ConnectionError")
 
 
-NOT_GPT2 = ["{", "{}", "[]", "null", {"n_embd": None}, {"tokenizer": []}, {"n_layer": 3}, {"n_positions": 12}]
+NOT_GPT2 = ["{", "{}", "[]", "null", {"n_embd": None}, {"n_layer": 3}, {"n_positions": 12}]
 
 
 @pytest.mark.parametrize("config", NOT_GPT2)
@@ -735,7 +736,7 @@ def test_a_config_that_does_not_fit(tmp_path, config):
     if isinstance(config, dict):
         config = json.dumps(json.loads((tmp_path / "config.json").read_text()) | config)
     (tmp_path / "config.json").write_text(config)
-    exits(gpt.load_model, str(tmp_path), match="is not a GPT-2 checkpoint that can be read")
+    exits(gpt.load_model, str(tmp_path), match="is not a checkpoint that can be read")
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, 5000])
@@ -745,7 +746,7 @@ def test_half_a_download(tmp_path, length):
     assert length < len(whole)
     (tmp_path / "model.safetensors").write_bytes(whole[:length])
     for load in (gpt.load_model, gpt.load_scorer):
-        exits(load, str(tmp_path), match="is not a GPT-2 checkpoint that can be read")
+        exits(load, str(tmp_path), match="is not a checkpoint that can be read")
 
 
 @pytest.mark.parametrize(
@@ -770,10 +771,8 @@ def test_a_checkpoint_gives_the_same_logits_as_in_transformers_or_is_refused(tmp
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **setting)).eval()
     randomize(theirs)
     theirs.save_pretrained(tmp_path)
-    refused = set(setting) - {"reorder_and_upcast_attn"} and setting.get("activation_function") != "gelu_pytorch_tanh"
-    if refused:
-        with pytest.raises(SystemExit, match="not supported"):
-            gpt.load_model(str(tmp_path))
+    if setting.get("activation_function") in ("relu", "gelu") or any(name.startswith("scale_attn") for name in setting):
+        exits(gpt.load_model, str(tmp_path), match=f"{[*setting][0]} .* not supported")
     else:
         ids = random_ids(2, 8)
         close(gpt.load_model(str(tmp_path))(ids), theirs(ids).logits, 1e-4)
@@ -812,7 +811,7 @@ def test_only_the_vocabulary_of_the_tokenizer_is_accepted(tmp_path, tok):
 def test_a_file_that_names_no_tokenizer_has_gpt2s_vocabulary(tmp_path, size):
     """With 50261 rows, the last four are not our chat tokens."""
     hugging_face(size).save_pretrained(tmp_path)
-    exits(gpt.load_model, str(tmp_path), match=f"vocab_size {size} is not supported, only 50257")
+    exits(gpt.load_model, str(tmp_path), match=f"vocab_size {size} .*is not supported, only .*50257")
 
 
 @pytest.mark.parametrize("vocabulary", ["task", "gpt2"])
