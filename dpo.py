@@ -25,12 +25,11 @@ whether it is good. `--break NAME` trains with a deliberate mistake beside the c
     flip_labels              Chosen and rejected are swapped in every pair. Loss, margin, and accuracy measured with the
                              swapped labels look as good as in the clean run. The answers are wrong.
     label_noise              30 % of the labels are swapped. The loss stays high, so the mistake can be seen in the log.
-    low_beta                 beta / 10. Pairs are ranked nearly as well as with the full beta, but the model moves far
+    low_beta                 beta / 10. Most pairs are still ranked right, but the model moves far
                              from the reference, and its answers get worse. (Rafailov et al. 2024)
     likelihood_displacement  beta / 10, and the rejected answer is the chosen one with the first number after "="
-                             changed by one. The chosen answer becomes less likely together with the rejected one.
-                             (Razin et al. 2024; Pal et al. 2024: worst when the two answers differ in few tokens)
-
+                             changed by one. The pairs are ranked perfectly, and the chosen answers do not become
+                             likelier: the two share nearly all of their tokens. (Razin et al. 2024; Pal et al. 2024)
     shared_ref               The reference is the policy itself, `ref = policy`. The loss stays at log 2 = .693 and the
                              margin at 0, while the policy moves away from the SFT model. (minimind issue 674)
 
@@ -58,7 +57,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data import breaks, lessons, report, runs
+from data import breaks, lessons, report, runs, task
 
 # ---------------------------------------------------------------------------------------------
 # The losses: pure functions of log-probabilities. All arguments are tensors (B,) in nats; the result is a scalar.
@@ -261,11 +260,10 @@ def train(args):
     run = runs.Run(args)
     # ---- the preferences
     steps, batch = args.steps, args.batch or (8 if args.data else 32)
-    material = lessons.preferences(args, tok, policy.config.block_size, steps * batch)
+    material = lessons.preferences(args, tok, policy.config.block_size, steps * batch, annotator=args.annotator)
     pairs = labelled(args, material.train)
     beta = args.beta or (REAL_BETA if args.data else BETA)[args.loss]
     if args.break_ in ("low_beta", "likelihood_displacement"):
-        # With the full beta the chosen answers of likelihood_displacement lose likelihood too, but accuracy holds.
         beta = beta / 10
     if len(pairs) < batch:
         raise SystemExit(f"{len(pairs)} pairs are left to train on, too few for --batch {batch}")
@@ -337,6 +335,8 @@ def parser():
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
     add("--data", help="real pairs: hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
+    add("--annotator", default="careful", choices=list(task.TASTES), help="who labels the built-in pairs. DPO\n"
+        "learns the taste of human ones too, and then the greedy accuracy falls again")
     add("--loss", default="dpo", choices=list(BETA), help="which loss: " + ", ".join(BETA))
     add("--beta", type=float, help="weight of the KL penalty (default 0.5; with --data 0.1; ipo 0.1,\n"
         "simpo 2)")

@@ -3,8 +3,7 @@
     python grpo.py                                the short run: 10 steps against a learned reward model
     python grpo.py --break reward_hacking         the same run, continued to step 500
     python grpo.py --break no_kl                  without the KL penalty, 200 steps with and without it
-    python grpo.py --break entropy_collapse       a true reward, and what it costs
-    python grpo.py --reward checker --max_steps 1000      the same number of steps against a true reward
+    python grpo.py --reward checker --beta 0 --max_steps 500      a true reward needs no KL penalty
 
 For every prompt the policy samples a group of G answers. Each gets a reward, and its advantage is how much better
 the reward is than the group's mean (Shao et al. 2024, section 4.1.2):
@@ -26,20 +25,11 @@ Hilton 2022; Stiennon et al. 2020, figure 5)
     reward_hacking  A small beta, and max_steps x 50. The reward keeps rising; accuracy rises, peaks and falls, and the
                     answers become longer, more confident and more formulaic. (With the default beta it does not fall.)
     no_kl           beta = 0. The KL is larger, the reward is higher, and the accuracy is lower.
-    format_reward   A bonus per calculation, added to the exact checker's reward. It is easier to earn than a correct
-                    answer.
     k1_kl_loss      The KL penalty as the mean of log pi - log pi_ref, an unbiased estimate of the KL divergence. In
                     the *reward* that works. A *loss* is differentiated, and the expected gradient of this one is zero
                     (k3's is that of KL(pi_ref || pi)), so it penalizes nothing.
     shared_ref      The reference is the policy itself, `ref = policy`. The logged KL is 0, and the policy moves as
                     without a penalty. (minimind issue 674)
-    stale_rollouts  The answers are sampled by weights that are up to 20 steps old, and the old log-probabilities are
-                    computed by those of today. The ratio is 1, so nothing is clipped. (TRL issue 3867)
-    temperature_mismatch  Sampled at temperature 0.6, trained at 1. The old log-probabilities are computed again at 1,
-                    so the ratio is 1 here too. The answers lose their diversity: pass@64 falls.
-    entropy_collapse  The true reward, no KL penalty, many steps. More answers are correct, and pass@64 falls below
-                    that of the SFT model: it solves problems that this model cannot solve any more. (DAPO, Yu et al.
-                    2025)
 
 How to read the log: a GRPO loss near 0 is expected, because at the first update of a batch rho is 1 and the
 advantages of a group sum to 0 (what is left comes from answers of different lengths, and from the KL penalty).
@@ -49,7 +39,6 @@ reward).
 """
 
 import argparse
-import copy
 
 import torch
 
@@ -57,7 +46,6 @@ import gpt
 from data import breaks, report, runs, task
 from ppo import policy_loss
 from reward_model import load_reward
-from sft import measure_pass_at_k
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions
@@ -120,20 +108,11 @@ def my_reward(problems, answers):
 
 def make_reward(args, tok):
     """reward(problems, answers) -> (B,)"""
-    reward = {"checker": checker_reward, "mine": my_reward}.get(args.reward) or load_reward(args, tok)
-    if args.break_ == "format_reward":
-        # "Show your work": a tenth of a point for every calculation, without an upper bound.
-        return lambda problems, answers: (
-            reward(problems, answers).cpu()
-            + float(__import__("os").environ.get("BONUS", "0.1")) * torch.tensor([a.text.count("=") for a in answers])
-        )
-    return reward
+    return {"checker": checker_reward, "mine": my_reward}.get(args.reward) or load_reward(args, tok)
 
 
 # ---------------------------------------------------------------------------------------------
 # Training
-
-STALE = 20  # steps between two copies of the weights, for --break stale_rollouts
 
 
 def train(args):
@@ -148,17 +127,11 @@ def train(args):
     problems = task.problems(max_steps * P, args.seed, "train")
     held_out = task.problems(args.problems, args.seed, "test")
     gpt.check_room(policy, tok, problems + held_out, longest)
-    beta = 0.0 if args.break_ in ("no_kl", "entropy_collapse") else args.beta
+    beta = 0.0 if args.break_ == "no_kl" else args.beta
     penalized = ref  # the model that the KL penalty pulls to
     if args.break_ == "shared_ref":
         penalized = policy  # ref = policy: two names for one model, where a copy was meant
-    sampler = policy
-    if args.break_ == "stale_rollouts":
-        sampler = copy.deepcopy(policy)  # answers are generated elsewhere, by a copy that is updated now and then
     clip_high = args.clip if args.clip_high is None else args.clip_high
-    temperature = sampled_at = args.temperature
-    if args.break_ == "temperature_mismatch":
-        sampled_at = 0.6  # "sharper samples are better samples"; scoring still uses `temperature`
     optimizer = gpt.make_optimizer(policy, args.lr)
 
     # ---- the loop. `reward`, `accuracy`, ... are of the batch; "test_accuracy" etc. of the held-out problems.
@@ -172,9 +145,7 @@ def train(args):
         # ---- rollouts: G answers to each of P prompts
         batch = [p for p in problems[step * P : (step + 1) * P] for _ in range(G)]  # B = P * G
         generator = runs.rng(args.seed, "rollouts", step)
-        if args.break_ == "stale_rollouts" and step % STALE == 0:
-            sampler.load_state_dict(policy.state_dict())
-        answers = gpt.solve(sampler, tok, batch, sampled_at, generator, longest, batch=P * G)
+        answers = gpt.solve(policy, tok, batch, args.temperature, generator, longest, batch=P * G)
         prompts, completions = [tok.prompt(p.text) for p in batch], [a.ids for a in answers]
         # pi_old: the distribution that the tokens were really drawn from, as recorded in sampling.
         old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)  # (B, N)
@@ -184,14 +155,10 @@ def train(args):
         # two equal prompts of a batch would become one group of 2G.
         advantages = group_advantages(rewards.view(P, G), args.loss != "dr_grpo").view(-1, 1)  # (B, 1)
         with torch.no_grad():
-            ref_logps, _ = gpt.completion_logps(penalized, prompts, completions, temperature)  # (B, N)
-            if args.break_ in ("stale_rollouts", "temperature_mismatch"):
-                # pi_old, "computed again, to be sure": by the policy of now, at the temperature of training. The ratio
-                # is 1, whatever distribution the answers came from.
-                old_logps, _ = gpt.completion_logps(policy, prompts, completions, temperature)
+            ref_logps, _ = gpt.completion_logps(penalized, prompts, completions, args.temperature)  # (B, N)
         # ---- updates. With one per batch of rollouts, the ratio is 1 and never clipped; with more it moves.
         for _ in range(args.epochs):
-            logps, mask = gpt.completion_logps(policy, prompts, completions, temperature)  # (B, N)
+            logps, mask = gpt.completion_logps(policy, prompts, completions, args.temperature)  # (B, N)
             losses = policy_loss(logps, old_logps, advantages, args.clip, clip_high)
             penalty = k3(logps, ref_logps)
             if args.break_ == "k1_kl_loss":
@@ -223,13 +190,6 @@ def train(args):
 
     # ---- the report
     results = run.start_peak_end()
-    if args.reward == "checker":
-        # What has the true reward taught? More correct answers, or only fewer different ones? Among 64 samples of the
-        # SFT model there often is a correct one already.
-        some = held_out[: max(1, args.problems // 5)]
-        results |= measure_pass_at_k(policy, tok, some, args.seed)
-        before = measure_pass_at_k(ref, tok, some, args.seed)
-        results |= {f"{name}_sft": value for name, value in before.items()}
     run.side_by_side(start=0, peak=results["peak_step"], end=max_steps)
     return run.finish(policy, **results)
 
@@ -266,9 +226,7 @@ def main(argv=None):
         raise SystemExit("--group must be at least 2: the baseline of an answer is the mean of its group")
     if args.problems < 2:
         raise SystemExit("--problems must be at least 2: the peak is chosen on one half of them")
-    same = dict.fromkeys(("no_kl", "k1_kl_loss", "shared_ref", "entropy_collapse"), not args.beta)
-    same["temperature_mismatch"] = args.temperature == 0.6
-    if same.get(args.break_):
+    if args.break_ in ("no_kl", "k1_kl_loss", "shared_ref") and not args.beta:
         raise SystemExit(f"--break {args.break_}: with these flags the clean run makes the same mistake")
     report.train_and_compare(train, args)
 

@@ -2,7 +2,7 @@
 
     python ppo.py                             the short run: 10 batches against a learned reward model
     python ppo.py --break reward_hacking      the same run, continued to batch 500
-    python ppo.py --break no_kl               without the KL penalty, 200 batches with and without it
+    python ppo.py --break no_kl               without the KL penalty, 100 batches with and without it
     python ppo.py --break sign_flip           the score has the wrong sign
 
 A language model that is trained with reinforcement learning is called a *policy*; an answer that it samples in

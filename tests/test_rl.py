@@ -597,9 +597,6 @@ def test_rewards_without_a_model(tok):
     truth, mine = grpo.checker_reward(problems, answers), grpo.my_reward(problems, answers)
     assert truth.tolist() == [float(a.correct) for a in answers]
     assert mine.shape == truth.shape == (6,) and mine.dtype == truth.dtype == torch.float32 and mine.isfinite().all()
-    args = SimpleNamespace(reward="checker", break_="format_reward")
-    bonus = grpo.make_reward(args, tok)(problems, answers) - truth
-    close(bonus, 0.1 * torch.tensor([float(a.text.count("=")) for a in answers]), 1e-6)
 
 
 def test_evaluate_policy(tok, monkeypatch):

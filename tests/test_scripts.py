@@ -183,11 +183,10 @@ def test_answers_that_are_cut_off(make, chat):
         assert cut_off and all(m["reward"] == reward_model.CUT_OFF for m in cut_off)
         if script == "grpo":
             assert all(m["loss"] == m["grad_norm"] == 0 for m in cut_off)
-    # A reward that counts "=" differs among them; the exact checker's, in the clean run, is 0 for all.
-    made = make("grpo", "--load", chat.model, "--max_tokens", "40", "--group", "8", "--break", "format_reward")
-    equal, different = (next(m for m in f.updates if m["ended"] == 0) for f in made.folders)
-    assert equal["step"] == different["step"] == 0 and equal["grad_norm"] == 0
-    assert different["reward"] > 0 and different["equal_groups"] < 1 and different["grad_norm"] > 0
+    # The exact checker's reward is 0 for all of them.
+    made = make("grpo", "--load", chat.model, "--max_tokens", "40", "--group", "8", "--reward", "checker")
+    first = made.folder.updates[0]
+    assert first["ended"] == first["reward"] == first["grad_norm"] == 0 and first["equal_groups"] == 1
 
 
 @pytest.mark.parametrize(
@@ -398,16 +397,6 @@ def test_sign_flip(broken):
     assert clean["reward"] + flipped["reward"] == pytest.approx(cut_off, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["temperature_mismatch", "stale_rollouts"])
-def test_a_ratio_that_is_computed_again_hides_who_has_sampled(broken, name):
-    """The ratio is 1 in both runs, and the answers are others: at once, or when the sampler has become old."""
-    clean, bad = broken("grpo", name)
-    assert all(m["ratio_error"] < 1e-4 for folder in (clean, bad) for m in folder.updates)
-    first = [folder.updates[0]["entropy"] for folder in (clean, bad)]
-    assert (first[0] == pytest.approx(first[1], rel=1e-5)) == (name == "stale_rollouts")
-    assert clean.updates[-1] != bad.updates[-1]
-
-
 def test_a_shared_reference_reports_no_kl(broken):
     """grpo: the logged KL is 0 to the bit. dpo: the loss is log 2 and the margin 0 in every step. The KL to the SFT
     model, which the external evaluation measures, is neither."""
@@ -419,14 +408,6 @@ def test_a_shared_reference_reports_no_kl(broken):
     assert bad.report["kl"] != 0 and clean.updates[-1]["loss"] < 0.693
     # The gradient is not 0. At the first step it is that of the clean run.
     assert bad.updates[0]["grad_norm"] == pytest.approx(clean.updates[0]["grad_norm"], rel=1e-4) != 0
-
-
-def test_entropy_collapse_is_the_run_without_a_penalty(broken):
-    clean, bad = broken("grpo", "entropy_collapse")
-    assert clean.updates[0]["reward"] == bad.updates[0]["reward"] and clean.updates[0]["kl"] == bad.updates[0]["kl"]
-    for found in (clean.report, bad.report):
-        assert 0 <= found["pass@1"] <= found["pass@8"] <= found["pass@64"] <= 1
-    assert clean.report["pass@64_sft"] == bad.report["pass@64_sft"]
 
 
 @pytest.mark.parametrize("name", ["left_pad", "template_mismatch"])
@@ -786,7 +767,6 @@ WRONG = [
     # breaks that would compare nothing, or not what they say
     ("ppo grpo", "--beta 0 --break no_kl", "no_kl"),
     ("grpo", "--beta 0 --break shared_ref", "shared_ref"),
-    ("grpo", "--temperature 0.6 --break temperature_mismatch", "temperature_mismatch"),
     ("reasoning", "--break no_cot", "no_cot"),
     ("reward_model", "--break length_bias --data {tmp}/good.jsonl", "--data"),
     ("sft", "--break eos_masked --data {tmp}/good.jsonl", "--data"),
