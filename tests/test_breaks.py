@@ -18,17 +18,28 @@ SEED = 1234
 
 pytestmark = pytest.mark.slow
 
-# Flags that make a break shorter than documented. Less of everything after the fine-tuning.
-FLAGS = {"no_cot": "--n 16 --problems 100 --train_problems 400"}
+# Flags that make a break shorter than documented, so that all of them fit into half an hour.
+FLAGS = {
+    ("ppo", "reward_hacking"): "--max_steps 6",  # 300 of the 500 steps
+    ("reasoning", "no_cot"): "--n 16 --problems 100 --train_problems 400",
+    ("reasoning", "overoptimize_verifier"): "--problems 150",
+    ("reasoning", "self_correct"): "--problems 150",
+}
 
-# Breaks that have not reproduced on this seed yet: their claims are recorded, not demanded. (To be redesigned.)
-NOT_YET = {("tools", "tool_overuse")}
+# Breaks whose claims are recorded and not demanded here: they have not been measured in this world yet, or (ppo) not at
+# this length. What must hold of them stands in MORE.
+NOT_YET = {
+    ("ppo", "reward_hacking"), ("ppo", "sign_flip"), ("reward_model", "distribution_shift"), ("grpo", "k1_kl_loss"),
+    ("dpo", "low_beta"), ("dpo", "likelihood_displacement"), ("reasoning", "overoptimize_verifier"),
+    ("reasoning", "no_cot"), ("reasoning", "self_correct"), ("tools", "hallucinated_result"),
+    ("tools", "faulty_tool"), ("tools", "tool_overuse"),
+}  # fmt: skip
 
 # What must hold in addition to the claims of the catalogue.
 MORE = {
-    # The clean SFT model: about half of the answers are correct when sampled; misconceptions stay with greedy decoding.
+    # The clean SFT model: fewer than half of the answers are correct when sampled; misconceptions stay with greedy decoding.
     ("sft", "eos_masked"): (
-        clean("accuracy_sampled") > 0.35, clean("accuracy_sampled") < 0.6, clean("accuracy_greedy") < 0.75,
+        clean("accuracy_sampled") > 0.25, clean("accuracy_sampled") < 0.6, clean("accuracy_greedy") < 0.75,
         broken("loss") > 0.8 * clean("loss"),
     ),
     # The clean run improves on the SFT model.
@@ -40,18 +51,34 @@ MORE = {
         clean("held_out_accuracy") > 0.75, broken("corr_length") > clean("corr_length") + 0.1,
     ),
     ("grpo", "reward_hacking"): (broken("peak_reward") > broken("start_reward"),),
+    # The direction of the drift, in 300 steps.
+    ("ppo", "reward_hacking"): (
+        broken("end_reward") > broken("start_reward") + 0.3, broken("end_length") > broken("start_length"),
+        broken("end_confident") > broken("start_confident"), broken("end_opening") > broken("start_opening"),
+    ),
+    ("reward_model", "distribution_shift"): (broken("policy_samples") < clean("policy_samples"),),
     # The logged reward is positive, the true score negative.
     ("ppo", "sign_flip"): (broken("batch_reward") > 0, broken("reward") < 0),
+    ("grpo", "k1_kl_loss"): (broken("kl") > 1.5 * clean("kl"),),
+    ("dpo", "low_beta"): (broken("kl") > clean("kl"), broken("accuracy_sampled") < clean("accuracy_sampled")),
+    ("dpo", "likelihood_displacement"): (
+        broken("pair_accuracy") > 0.9, broken("accuracy_sampled") < clean("accuracy_sampled"),
+    ),
     # PPO's parts work: the value function predicts, the clip acts, and the run is healthy.
     ("ppo", "no_kl"): (
-        clean("batch_explained_variance") > 0.3, clean("batch_clip_fraction") > 0.005,
+        clean("batch_explained_variance") > 0.3, clean("batch_clip_fraction") > 0.003,
         clean("batch_clip_fraction") < 0.1, clean("end_accuracy") > clean("start_accuracy"),
     ),
     # Voting removes slips and keeps misconceptions; the verifier helps with both, unless it alone decides.
     ("reasoning", "overoptimize_verifier"): (
         broken("vote") < clean("vote_of_top"), clean("one") < clean("vote"), clean("vote") < 0.75,
-        clean("weighted_vote") > 0.75,
+        broken("score") > broken("score_one"), clean("chosen") > broken("chosen"),
     ),
+    ("reasoning", "no_cot"): (
+        broken("one") < 0.5 * clean("one"), broken("vote") < 0.5 * clean("vote"),
+        broken("greedy") < 0.5 * clean("greedy"),
+    ),
+    ("reasoning", "self_correct"): (broken("revised") < clean("revised"),),
     # In the clean run, the model recovers from an error: it asks for the second label if the first is unknown.
     ("tools", "hallucinated_result"): (
         clean("valid") > 0.95, clean("wrong_results") < 0.001, clean("canary") < 0.001, clean("recovered") > 0.5,
@@ -87,7 +114,7 @@ def done(cwd):
         groups.setdefault((b.script, b.flags), []).append(b)
 
     def run(some):
-        return {(b.script, b.name): python(cwd, b.script, "--break", b.name, *FLAGS.get(b.name, "").split())
+        return {(b.script, b.name): python(cwd, b.script, "--break", b.name, *FLAGS.get((b.script, b.name), "").split())
                 for b in some}  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
