@@ -6,11 +6,11 @@
     python tests/measure.py grpo clean --max_steps 1000           a run without a break
     python tests/measure.py --tables                              only write the tables, from data/results/*.json
 
-A seed stands for a chain: SFT model, data and evaluation are made anew for each seed, from the base model that comes with
-the repository. Flags that are not known here are passed to the scripts. Runs are kept under runs/ in the current folder, and the numbers of each
-result in data/results/NAME.json, where NAME is the name of the run. Both are used again only while the code that made
-them is unchanged. So a call that was interrupted continues where it stopped, and one that is complete only prints.
---jobs 2 measures two seeds at a time, each on one core.
+A seed stands for a chain: SFT model, data and evaluation are made anew for each seed, from the base model that comes
+with the repository. Flags that are not known here are passed to the scripts. Runs are kept under runs/ in the current
+folder, and the numbers of each result in data/results/NAME.json, where NAME is the name of the run. Both are used again
+only while the code that made them is unchanged. So a call that was interrupted continues where it stopped, and one that
+is complete only prints. --jobs 2 measures two seeds at a time, each on one core.
 """
 
 import argparse

@@ -37,7 +37,7 @@ NOT_YET = {
 
 # What must hold in addition to the claims of the catalogue.
 MORE = {
-    # The clean SFT model: fewer than half of the answers are correct when sampled; misconceptions stay with greedy decoding.
+    # The clean SFT model: fewer than half of the sampled answers are correct; greedy decoding keeps misconceptions.
     ("sft", "eos_masked"): (
         clean("accuracy_sampled") > 0.25, clean("accuracy_sampled") < 0.6, clean("accuracy_greedy") < 0.75,
         broken("loss") > 0.8 * clean("loss"),
