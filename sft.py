@@ -14,8 +14,8 @@ The model is shown conversations  <|user|> x <|assistant|> y <|end|>  and traine
 (The likelihood of Radford et al. 2018, section 3.2, on demonstrations as in Ouyang et al. 2022. Masking the prompt is
 common practice.)
 
-The model learns the *format*. It does not learn which answers are correct: four in ten demonstrations are wrong,
-and the model is trained on all of them. Sampled at temperature 1, it makes the demonstrators' mistakes. Decoded
+The model learns the *format*. It does not learn which answers are correct: about half of the demonstrations are
+wrong, and the model is trained on all of them. Sampled at temperature 1, it makes the demonstrators' mistakes. Decoded
 greedily, it makes hardly any random slips, because a slip is seldom the most likely continuation. It still makes
 the mistakes that most demonstrators make.
 
@@ -27,9 +27,9 @@ The breaks:
     too_many_epochs  The same few demonstrations again and again. The training loss goes on falling. pass@1 falls,
                      and pass@64 falls further: among 64 samples there is far less often a correct one. (Cobbe et
                      al. 2021, section 4.1)
-    contaminated     The held-out problems are among the demonstrations, with correct solutions. The held-out
-                     accuracy rises; accuracy on fresh problems (`accuracy_fresh`) does not rise with it.
-                     (arXiv 2507.10532)
+    contaminated     The held-out problems are among the demonstrations, with their answers. They are answered better
+                     than fresh problems (`accuracy_fresh`). Both runs learn answers without working (--answer_only),
+                     so that only memory can help. (arXiv 2507.10532)
     left_pad         The clean run's model. Prompts are padded on the left to equal length, and the model is not told
                      which tokens are padding. Most answers are wrong. (TRL issue 469)
     template_mismatch  The clean run's model, asked with the template of another one: "user: ... assistant: " in place

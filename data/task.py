@@ -9,7 +9,7 @@ Three kinds of people produce the data, and a program checks it. The people are 
 That is the point of the task: here we *know* the errors.
 
     writers         write running text for the base model         corpus()
-    demonstrators   solve problems; half of them wrongly           demonstrate()
+    demonstrators   solve problems; half of them wrongly          demonstrate()
     annotators      say which of two solutions they prefer        preference_pairs()
 
     the checker     compares the last number with the answer      data/checker.py

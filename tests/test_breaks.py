@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 # Flags that make a break shorter than documented, so that all of them fit into half an hour.
 FLAGS = {
-    ("ppo", "reward_hacking"): "--max_steps 6",  # 300 of the 500 steps
+    ("ppo", "reward_hacking"): "--max_steps 4",  # 200 of the 500 steps
     ("reasoning", "no_cot"): "--n 16 --problems 100 --train_problems 400",
     ("reasoning", "overoptimize_verifier"): "--problems 150",
     ("reasoning", "self_correct"): "--problems 150",
@@ -51,7 +51,7 @@ MORE = {
         clean("held_out_accuracy") > 0.75, broken("corr_length") > clean("corr_length") + 0.1,
     ),
     ("grpo", "reward_hacking"): (broken("peak_reward") > broken("start_reward"),),
-    # The direction of the drift, in 300 steps.
+    # The direction of the drift, in 200 steps.
     ("ppo", "reward_hacking"): (
         broken("end_reward") > broken("start_reward") + 0.3, broken("end_length") > broken("start_length"),
         broken("end_confident") > broken("start_confident"), broken("end_opening") > broken("start_opening"),
