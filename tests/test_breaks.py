@@ -34,7 +34,7 @@ FLAGS = {
 # this length. What must hold of them stands in MORE.
 NOT_YET = {
     ("ppo", "reward_hacking"), ("ppo", "sign_flip"), ("reward_model", "distribution_shift"), ("grpo", "k1_kl_loss"),
-    ("dpo", "shared_ref"), ("reasoning", "overoptimize_verifier"),
+    ("grpo", "reward_hacking"), ("dpo", "shared_ref"), ("reasoning", "overoptimize_verifier"),
     ("reasoning", "no_cot"), ("reasoning", "self_correct"), ("tools", "hallucinated_result"),
     ("tools", "tool_overuse"),
 }  # fmt: skip
@@ -54,7 +54,10 @@ MORE = {
     ("reward_model", "length_bias"): (
         clean("held_out_accuracy") > 0.75, broken("corr_length") > clean("corr_length") + 0.1,
     ),
-    ("grpo", "reward_hacking"): (broken("peak_reward") > broken("start_reward"),),
+    ("grpo", "reward_hacking"): (
+        broken("end_reward") > broken("start_reward") + 0.5, broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
+        broken("end_length") > broken("start_length"), broken("end_opening") > broken("start_opening"),
+    ),
     # The direction of the drift, in 150 steps.
     ("ppo", "reward_hacking"): (
         broken("end_reward") > broken("start_reward") + 0.3, broken("end_length") > broken("start_length"),
