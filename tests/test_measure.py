@@ -174,7 +174,7 @@ def test_after_ctrl_c_nothing_more_is_started(there, command, monkeypatch):
     def interrupted(script, flags, output):
         started.append(script)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)  # the main thread handles it
+        time.sleep(3)  # the main thread handles it
         return 130
 
     monkeypatch.setattr(measure, "execute", interrupted)
