@@ -27,8 +27,6 @@ random), distributed training, compilation.
 """
 
 import argparse
-import hashlib
-import itertools
 import math
 import sys
 import unicodedata
@@ -40,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import checkpoints, lessons, report, runs, task, tool_task, vocabularies
+from data import checkpoints, lessons, report, runs, task, vocabularies
 from data.checker import is_correct
 from data.runs import rng
 
@@ -796,12 +794,6 @@ def train(args):
 SHIPPED = Path(__file__).resolve().parent / "data" / "base"  # made by tests/ship_base.py from runs/base
 
 
-def fingerprint(tok):
-    """Of the pretraining text and the vocabulary: a changed task or tokenizer gives another one."""
-    texts = itertools.islice(tool_task.corpus("fingerprint"), 2000)
-    return hashlib.sha256(repr([tok.encode(text) for text in texts]).encode()).hexdigest()[:16]
-
-
 def first_loss(model, tok):
     """The loss on some pretraining text: it changes if the code of the model does, or the weights."""
     ids = lessons.running_text(tok, "first loss", 0, 16, 65).to(model.wte.weight.device)
@@ -815,15 +807,17 @@ def base_model(args):
     The latter saves the minutes of pretraining. It is used only while the task, the vocabulary, the model's code and
     the defaults of this file are those that made it; after a change the base model is trained anew.
     """
-    flags = [] if args.seed == 0 else ["--seed", str(args.seed)]
-    today = vars(runs.parse("gpt", parser(), flags))
-    if not runs.Run(argparse.Namespace(**today)).finished(code=False) and (SHIPPED / "config.json").is_file():
-        made, tok = runs.read_json(SHIPPED / "config.json")["made"], Tokenizer("task")
-        same = all(today[name] == value for name, value in made["flags"].items())
-        if same and made["fingerprint"] == fingerprint(tok):
-            if abs(first_loss(load_model(str(SHIPPED)), tok) - made["loss"]) < 1e-3:
-                print("Starting from data/base, a base model that `python gpt.py` has made.")
-                return str(SHIPPED)
+    today = runs.parse("gpt", parser(), runs.inherited(args))
+    config = runs.read_json(SHIPPED / "config.json")
+    if config and not runs.Run(today).finished(code=False):
+        made, tok = config["made"], Tokenizer("task")
+        if (
+            all(getattr(today, name) == value for name, value in made["flags"].items())
+            and made["fingerprint"] == lessons.fingerprint(tok)
+            and abs(first_loss(load_model(str(SHIPPED)), tok) - made["loss"]) < 1e-3
+        ):
+            print("Starting from data/base, a base model that `python gpt.py` has made.")
+            return str(SHIPPED)
     return runs.made_by("gpt", args, "three minutes")
 
 

@@ -23,7 +23,8 @@ those answers: at first the answers get better, then the score keeps rising whil
 Hilton 2022; Stiennon et al. 2020, figure 5)
 
     reward_hacking  A small beta, and max_steps x 50. The reward keeps rising; accuracy rises, peaks and falls, and the
-                    answers become longer, more confident and more formulaic. (With the default beta it does not fall.)
+                    answers become longer, more confident and more formulaic. (With the default beta it does not fall
+                    in the clean run of no_kl.)
     no_kl           beta = 0. The KL is larger, the reward is higher, and the accuracy is lower.
     k1_kl_loss      The KL penalty as the mean of log pi - log pi_ref, an unbiased estimate of the KL divergence. In
                     the *reward* that works. A *loss* is differentiated, and the expected gradient of this one is zero

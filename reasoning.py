@@ -262,15 +262,19 @@ def revise(model, tok, problems, drafts, generator, longest):
 
 def revisions(args, model, scorer, tok, problems, drafts):
     """The model revises its greedy answers in several rounds. Returns what became of them."""
-    answers = drafts
+
+    def score(some):
+        return [scores[0] for scores in score_all(scorer, tok, problems, [[a] for a in some])]
+
+    answers, kept = drafts, score(drafts)
     for n in range(ROUNDS):
         revised = revise(model, tok, problems, answers, runs.rng(args.seed, "revision", n), args.max_tokens)
-        before, after = ([s[0] for s in score_all(scorer, tok, problems, [[a] for a in some])]
-                         for some in (answers, revised))  # fmt: skip
         if args.break_ == "self_correct":
             answers = revised  # "review your answer and improve it": the second thought is always accepted
-        else:
-            answers = [r if new > old else a for a, r, old, new in zip(answers, revised, before, after)]
+            continue
+        new = score(revised)
+        answers = [r if after > before else a for a, r, before, after in zip(answers, revised, kept, new)]
+        kept = [max(before, after) for before, after in zip(kept, new)]
     flips = Counter((d.correct, a.correct) for d, a in zip(drafts, answers))
     return {
         "draft": sum(a.correct for a in drafts) / len(drafts),

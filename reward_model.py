@@ -41,6 +41,7 @@ import torch.nn.functional as F
 import gpt
 from data import breaks, lessons, report, runs, task
 from data.checker import is_correct, miscalculates
+from data.task import correlation
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm
@@ -77,12 +78,6 @@ def calibration(margins, bins=(0.5, 0.7, 0.9, 0.99, 1.0)):
         if inside.any():
             lines.append((int(inside.sum()), confidence[inside].mean().item(), accuracy(margins[inside])))
     return lines
-
-
-def correlation(x, y):
-    """Pearson's; 0 if one of the two never varies. x, y: (N,)"""
-    x, y = x - x.mean(), y - y.mean()
-    return (x @ y / (x.norm() * y.norm() + 1e-9)).item()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -140,9 +140,10 @@ def starting_model(args):
         model = gpt.GPT(gpt.GPTConfig(tok.vocab_size, block_size=512, tokenizer="gpt2")).to(args.device)
         model.bfloat16 = args.dtype == "bfloat16"
         return model, tok
-    base = args.load or gpt.base_model(args)
     if args.break_ in ASKED_WRONGLY:
         base = runs.Run(runs.without_break(args)).folder  # the clean run's model, without further training
+    else:
+        base = args.load or gpt.base_model(args)
     model = gpt.load_model(base, args.device, args.dtype == "bfloat16")
     return model, gpt.Tokenizer(model.config.tokenizer)
 

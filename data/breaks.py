@@ -167,13 +167,8 @@ METRICS = {
     "batch_reward": "reward, last ten batches",
     "reward": "reward on held-out problems",
     "batch_kl": "KL as logged, last ten batches (nats)",
-    "batch_entropy": "entropy, last ten batches (nats)",
-    "batch_ratio_error": "|ratio - 1|, last ten batches",
     "batch_clip_fraction": "fraction clipped, last ten batches",
     "batch_explained_variance": "explained variance, last ten batches",
-    "pass@1_sft": "pass@1, SFT model",
-    "pass@8_sft": "pass@8, SFT model",
-    "pass@64_sft": "pass@64, SFT model",
     "start_accuracy": "accuracy at the start",
     "end_accuracy": "accuracy at the end",
     "peak_step": "step of the peak (chosen on half A)",
@@ -260,6 +255,21 @@ class Break:
     flags: tuple = ()
     task_claims: tuple = ()  # further claims, made on the embedded task only: they need its exact checker
 
+    def claims_on(self, reports, embedded):
+        """The claims that can be made on {"clean": report, "broken": report}. embedded: the runs used the embedded
+        task. Real data without gold answers has no accuracy, so claims about it are left out."""
+        known = set(reports["clean"]) & set(reports["broken"])
+        return [c for c in self.claims + (self.task_claims if embedded else ()) if known.issuperset(c.metrics)]
+
+    def measured(self, reports):
+        """[(heading, [(metric, clean, broken), ...]), ...]: the dashboard's metrics, then those of the external
+        evaluation, as far as both reports have them."""
+        C, B = reports["clean"], reports["broken"]
+        return [
+            (heading, [(m, C[m], B[m]) for m in metrics if C.get(m) is not None and B.get(m) is not None])
+            for heading, metrics in (("dashboard", self.dashboard), ("external evaluation", self.external))
+        ]
+
 
 def of(script):
     """The breaks of one script, in reading order."""
@@ -336,6 +346,20 @@ NO_KL_CLAIMS = (
     broken("end_accuracy") < clean("end_accuracy") - 0.1,
 )
 
+# The same weights, asked in another way (sft.py).
+ASKED_WRONGLY = {
+    "dashboard": ("loss",),
+    "external": SFT,
+    "claims": (
+        broken("accuracy_sampled") < 0.5 * clean("accuracy_sampled"),
+        broken("accuracy_greedy") < 0.5 * clean("accuracy_greedy"),
+    ),
+    "panels": (
+        Panel("dashboard: training loss", "nats per token", ("loss",), bars=True),
+        Panel("external: accuracy", "fraction of problems", ("accuracy_sampled", "accuracy_greedy"), bars=True),
+    ),
+}
+
 
 BREAKS = [
     # ---- sft.py
@@ -411,17 +435,8 @@ BREAKS = [
             "than in training. The longest prompt of a batch, or a prompt alone, is answered as before."
         ),
         source="TRL issue 469; OpenRLHF issue 217",
-        dashboard=("loss",),
-        external=SFT,
-        claims=(
-            broken("accuracy_sampled") < 0.5 * clean("accuracy_sampled"),
-            broken("accuracy_greedy") < 0.5 * clean("accuracy_greedy"),
-        ),
+        **ASKED_WRONGLY,
         cure="python sft.py   (gpt.sample masks the padding and counts positions without it)",
-        panels=(
-            Panel("dashboard: training loss", "nats per token", ("loss",), bars=True),
-            Panel("external: accuracy", "fraction of problems", ("accuracy_sampled", "accuracy_greedy"), bars=True),
-        ),
     ),
     Break(
         "sft",
@@ -432,17 +447,8 @@ BREAKS = [
             "model's template it answers whatever follows such words in its data, and it does not end."
         ),
         source="open-r1 issue 462; OpenRLHF issue 393",
-        dashboard=("loss",),
-        external=SFT,
-        claims=(
-            broken("accuracy_sampled") < 0.5 * clean("accuracy_sampled"),
-            broken("accuracy_greedy") < 0.5 * clean("accuracy_greedy"),
-        ),
+        **ASKED_WRONGLY,
         cure="python sft.py   (one function makes the prompt, in training and in use: gpt.Tokenizer.prompt)",
-        panels=(
-            Panel("dashboard: training loss", "nats per token", ("loss",), bars=True),
-            Panel("external: accuracy", "fraction of problems", ("accuracy_sampled", "accuracy_greedy"), bars=True),
-        ),
     ),
     # ---- reward_model.py
     Break(
@@ -528,7 +534,7 @@ BREAKS = [
         dashboard=PPO_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python ppo.py --max_steps 500   (the default beta; or stop at the peak)",
+        cure="python ppo.py --beta 0.1 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
         flags=("--beta", "0.1"),
     ),
@@ -572,7 +578,7 @@ BREAKS = [
         dashboard=RL_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python grpo.py --max_steps 500   (the default beta; or stop at the peak)",
+        cure="python grpo.py --beta 0.2 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
         flags=("--beta", "0.2"),
     ),
@@ -700,7 +706,7 @@ BREAKS = [
     Break(
         "dpo",
         "shared_ref",
-        summary="the reference is the policy itself: the loss stays at log 2, and the answers get worse",
+        summary="the reference is the policy itself: the loss stays at log 2, accuracy ends below the clean run's",
         mechanism=(
             "Both sides of every log-ratio are equal, so loss and margin never move. The gradient is not 0: every "
             "update pushes chosen answers up and rejected ones down as hard as the first, and nothing holds the policy."

@@ -9,6 +9,8 @@ The last two return the same thing, Lessons, so a script does not know where its
 cannot be read or nothing is left of it.
 """
 
+import hashlib
+import itertools
 import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -44,10 +46,22 @@ def running_text(tok, seed, step, batch, length):
             return torch.tensor(rows)
 
 
-def held_out_prompts(args, tok, room, rows):
-    """The prompts of pairs that dpo.py and reward_model.py hold out with this seed and a limit of `room` tokens."""
+def fingerprint(tok):
+    """Of the pretraining text and its vocabulary: a changed task or tokenizer gives another one."""
+    texts = itertools.islice(tool_task.corpus("fingerprint"), 2000)
+    return hashlib.sha256(repr([tok.encode(text) for text in texts]).encode()).hexdigest()[:16]
+
+
+def pair_room(tok, context):
+    """The limit for clean_pairs, which allows four tokens for the chat template: a published one can be longer."""
+    template = len(tok.prompt("")) + len(tok.answer(""))
+    return context - max(0, template - public.TEMPLATE_TOKENS)
+
+
+def held_out_prompts(args, tok, context, rows):
+    """The prompts of pairs that dpo.py and reward_model.py hold out with this seed and a context of that size."""
     pairs = [row for row in rows if row["rejected"] is not None]
-    clean = public.clean_pairs(pairs, tok.encode, room)[0]
+    clean = public.clean_pairs(pairs, tok.encode, pair_room(tok, context))[0]
     used = {row["prompt"] for row in clean}
     if len(used) < 2:  # they refuse such a file
         return set()
@@ -100,9 +114,7 @@ def preferences(args, tok, context, n=None, held_out=200, annotator="human"):
             task.preference_pairs(held_out, args.seed, "test", annotator=annotator),
             task.problems(args.problems or 500, args.seed, "test"),
         )
-    # A published chat template can be longer than the four tokens that clean_pairs allows for it.
-    template = len(tok.prompt("")) + len(tok.answer(""))
-    room = min(args.max_tokens, context - max(0, template - public.TEMPLATE_TOKENS))
+    room = min(args.max_tokens, pair_room(tok, context))
     pairs, counts = public.clean_pairs(public.load_or_exit(args.data), tok.encode, room)
     public.say_counts(args.data, counts, room)
     if len({p["prompt"] for p in pairs}) < 2:

@@ -12,7 +12,6 @@ choice, the slider and the copy button need. Outputs are data, not HTML: they tr
 import ast
 import json
 import math
-import os
 import random
 import re
 import textwrap
@@ -20,7 +19,7 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import breaks, task
+from data import breaks, runs, task
 
 HERE = Path(__file__).resolve().parent
 POINTS = 60  # of a curve: more cannot be told apart at the width of a phone
@@ -35,8 +34,9 @@ def write(run, clean=None, entry=None):
     clean, entry: of a break, the clean run and the entry of the catalogue.
     """
     both = [clean, run] if entry else [run]
-    # The files of a run are read once: run.metrics reads them each time.
-    both = [SimpleNamespace(folder=r.folder, label=r.label, report=r.report, metrics=r.metrics) for r in both]
+    # The files of a run are read once: these properties read them each time.
+    both = [SimpleNamespace(folder=r.folder, label=r.label, report=r.report, metrics=r.metrics, outputs=r.outputs)
+            for r in both]  # fmt: skip
     clean, run = both[0], both[-1]
     parts = break_page(clean, run, entry) if entry else run_page(run)
     characters = 200_000
@@ -46,8 +46,10 @@ def write(run, clean=None, entry=None):
         if len(page) <= LIMIT or characters < 10:
             break
         characters //= 2
-    put(run.folder / "page.html", page, run.folder)
-    put(run.folder.parent / "index.html", render("Runs", [index(run.folder.parent)], None), run.folder)
+    runs.write_atomically(run.folder / "page.html", lambda path: path.write_bytes(page))
+    listed = render("Runs", [index(run.folder.parent)], None)
+    # Several runs may end at once, and all write the index: the temporary file is in the run's own folder.
+    runs.write_atomically(run.folder.parent / "index.html", lambda path: path.write_bytes(listed), run.folder)
     return run.folder / "page.html"
 
 
@@ -57,14 +59,6 @@ def render(title, parts, data):
     holes = {"title": escape(title), "body": "\n".join(parts), "data": json.dumps(data).replace("<", "\\u003c")}
     template = (HERE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda m: holes[m[1]], template).encode("utf-8", "replace")
-
-
-def put(path, content, folder):
-    """Write a whole file or none. The temporary file is in the run's own folder: several runs may end at once, and
-    all write the index."""
-    temporary = folder / f".tmp-{path.name}"
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -356,12 +350,9 @@ def alone(run, panel, title, marked):
 
 def table(clean, run, entry):
     rows = []
-    for heading, metrics in (("dashboard", entry.dashboard), ("external evaluation", entry.external)):
+    for heading, measured in entry.measured({"clean": clean.report, "broken": run.report}):
         rows.append(f"<tr><th colspan=3 scope=colgroup>{heading}</th></tr>")
-        for metric in metrics:
-            C, B = clean.report.get(metric), run.report.get(metric)
-            if C is not None and B is not None:
-                rows.append(f"<tr><th scope=row>{escape(label(metric))}<td>{number(C)}<td>{number(B)}</tr>")
+        rows += [f"<tr><th scope=row>{escape(label(m))}<td>{number(C)}<td>{number(B)}</tr>" for m, C, B in measured]
     return ("<table><thead><tr><td><th scope=col class=clean>clean<th scope=col class=broken>broken</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>")  # fmt: skip
 
@@ -379,13 +370,6 @@ SHORT = {"kl": "KL", "accuracy_sampled": "accuracy", "held_out_accuracy": "accur
          "verifier_accuracy": "verifier accuracy", "length": "tokens per answer", "ended": "ended"}  # fmt: skip
 
 
-def read_samples(run):
-    """{step: [(prompt, output), ...]}, in the order of the run. A step is a number, or a text like "100, attacked"."""
-    path = run.folder / "samples.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {line["step"]: line["samples"] for line in map(json.loads, lines)}
-
-
 def split_mark(output):
     """An output as a script wrote it -> (the model's text, correct or None, score or "")."""
     if found := MARKED.search(output):
@@ -398,7 +382,7 @@ def outputs(both, characters):
 
     characters: longer outputs are cut, and say so.
     """
-    samples = [read_samples(run) for run in both]
+    samples = [run.outputs for run in both]
     if not all(samples):
         return None
     peak = both[-1].report.get("peak_step")
@@ -406,7 +390,7 @@ def outputs(both, characters):
     keep = set(numbers[:: math.ceil(len(numbers) / CHECKPOINTS) or 1]) | {*numbers[-1:], peak}
     stops = [(step, f"step {step}" + " (peak)" * (step == peak)) for step in numbers if step in keep]
     stops += [(name, name) for name in dict.fromkeys(name_of(s) for s in samples[-1] if isinstance(s, str))]
-    prompts, used, runs = {}, [{} for _ in both], []
+    prompts, used, shown = {}, [{} for _ in both], []
     at = [
         [used[i].setdefault(step_at(some, stop), len(used[i])) for i, some in enumerate(samples)] for stop, _ in stops
     ]
@@ -422,13 +406,13 @@ def outputs(both, characters):
                 rows.append([prompts.setdefault(prompt[:characters], len(prompts)), text, correct, score])
             name = name_of(step) if isinstance(step, str) else f"step {step}"
             checkpoints.append({"step": name, "numbers": numbers_at(run, step), "rows": rows})
-        runs.append({"name": "broken" if run.label != "clean" else "clean", "checkpoints": checkpoints})
+        shown.append({"name": "broken" if run.label != "clean" else "clean", "checkpoints": checkpoints})
     steps = [stop for stop, _ in stops if not isinstance(stop, str)]
     jumps = {"start": 0, "peak": steps.index(peak) if peak in steps else 0, "end": max(0, len(steps) - 1)}
     if peak not in steps:
         del jumps["peak"]
     return {
-        "stops": [label for _, label in stops], "at": at, "runs": runs, "jumps": jumps, "prompts": list(prompts),
+        "stops": [label for _, label in stops], "at": at, "runs": shown, "jumps": jumps, "prompts": list(prompts),
         "words": WORDS, "single": len(both) == 1,
     }  # fmt: skip
 
@@ -530,7 +514,7 @@ def break_page(clean, run, entry):
         changed(entry),
         guess(clean, run, entry),
         external(clean, run, entry),
-        reader(4, read_samples(clean) and read_samples(run), True),
+        reader(4, clean.outputs and run.outputs, True),
         verdict(run, entry),
     ]
 
@@ -553,7 +537,7 @@ def run_page(run):
     return [
         head(run.folder.name, f"<code>{script}.py</code>: {question(script)}</p><p>{facts(run)}"),
         f"<section><h2><span>1</span> Curves</h2>{joined(charts)}</section>",
-        reader(2, read_samples(run), False),
+        reader(2, run.outputs, False),
         f"<section><h2><span>3</span> Numbers</h2><table><tbody>{rows}</tbody></table>"
         f"<details><summary>Flags</summary><table><tbody>{given}</tbody></table></details></section>",
     ]

@@ -4,6 +4,8 @@ Everything here is read from the runs' files (data/runs.py) and from the catalog
 not depend on the training code.
 """
 
+import textwrap
+
 from data import breaks, page, runs
 
 
@@ -42,9 +44,7 @@ def compare(clean, broken, entry, embedded):
     """
     reports = {"clean": clean.report, "broken": broken.report}
     print(f"\n{entry.name}: {entry.summary}\n\n{table(reports, entry)}\n")
-    claims = entry.claims + (entry.task_claims if embedded else ())
-    known = set(reports["clean"]) & set(reports["broken"])  # real data without gold answers has no accuracy
-    claims = {claim.text(reports): claim.holds(reports) for claim in claims if known.issuperset(claim.metrics)}
+    claims = {claim.text(reports): claim.holds(reports) for claim in entry.claims_on(reports, embedded)}
     for sentence, holds in claims.items():
         print(f"  [{'x' if holds else ' '}] {sentence}")
     failed = [sentence for sentence, holds in claims.items() if not holds]
@@ -56,18 +56,10 @@ def compare(clean, broken, entry, embedded):
 
 
 def table(reports, entry):
-    """Clean beside broken: the dashboard's metrics above, those of the external evaluation below.
-
-    A metric is left out if one of the two runs does not have it: real data without gold answers has no
-    accuracy.
-    """
+    """Clean beside broken: the dashboard's metrics above, those of the external evaluation below."""
     lines = [f"{'':42}{'clean':>12}{entry.name:>26}"]
-    for heading, metrics in (("dashboard", entry.dashboard), ("external evaluation", entry.external)):
-        lines.append(heading)
-        for metric in metrics:
-            C, B = (report.get(metric) for report in reports.values())
-            if C is not None and B is not None:
-                lines.append(f"  {breaks.label(metric):40}{C:>12.3f}{B:>26.3f}")
+    for heading, measured in entry.measured(reports):
+        lines += [heading, *(f"  {breaks.label(metric):40}{C:>12.3f}{B:>26.3f}" for metric, C, B in measured)]
     return "\n".join(lines)
 
 
@@ -124,7 +116,8 @@ def bars(ax, some, panel):
         color = COLORS["clean" if run.label == "clean" else "broken"]
         drawn = ax.bar(places, values, width, color=color, label=run.label)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7)
-    names = [breaks.label(metric).replace(", ", ",\n") for metric in metrics]
+    names = [textwrap.fill(breaks.label(metric), 20) for metric in metrics]
+    ax.margins(y=0.2)  # room for the legend above the bars
     ax.set_xticks(range(len(names)), names, fontsize=7)
     ax.set_ylabel(panel.ylabel)
     ax.legend(fontsize=8)

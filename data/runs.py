@@ -159,10 +159,11 @@ def checksum(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, folder=None):
     """Call write(temporary path), then rename. A reader of `path` finds the old file or the new one,
-    never half of one, even if the process is killed."""
-    temporary = path.with_name(path.name + ".tmp")
+    never half of one, even if the process is killed. folder: of the temporary file (default: that of `path`), if
+    several processes may write `path` at once."""
+    temporary = (folder or path.parent) / (path.name + ".tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -268,6 +269,13 @@ class Run:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
             sys.exit(f"{path} {what}: delete the folder {self.folder} and run again.")
 
+    @property
+    def outputs(self):
+        """{step: [(prompt, output), ...]}, in the order of the run. A step is a number or a text, "100, attacked"."""
+        path = self.folder / "samples.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return {line["step"]: line["samples"] for line in map(json.loads, lines)}
+
     def mean(self, *names, last=0.2):
         """{name: mean over the last fifth of the updates}. A single batch is noisy."""
         logged = [m for m in self.metrics if names[0] in m]
@@ -293,10 +301,9 @@ class Run:
         # What was logged in training. One batch is noise: means of the first ten and of the last ten.
         batches = [m for m in self.metrics if "reward" in m]
         results["first_reward"] = sum(m["reward"] for m in batches[:10]) / len(batches[:10])
-        for name in ("reward", "kl", "entropy", "ratio_error", "clip_fraction", "explained_variance"):
-            values = [m[name] for m in batches[-10:] if name in m]
-            if values:
-                results[f"batch_{name}"] = sum(values) / len(values)
+        for name in ("reward", "kl", "clip_fraction", "explained_variance"):  # the last one is PPO's
+            if name in batches[-1]:
+                results[f"batch_{name}"] = sum(m[name] for m in batches[-10:]) / len(batches[-10:])
         return results
 
     def finished(self, code=True):
@@ -391,15 +398,12 @@ class Run:
 
     def side_by_side(self, **steps):
         """Append to samples.md the outputs of several evaluations, prompt by prompt: side_by_side(start=0)."""
-        path = self.folder / "samples.md"
-        text, found = path.read_text(encoding="utf-8"), {}
+        samples, found = self.outputs, {}
         for name, step in steps.items():
-            section = text.split(f"## Step {step}\n")[1].split("\n## ")[0]  # "####" ends no section
-            blocks = re.findall(r"\*\*(.*?)\*\*\n\n```\n(.*?)\n```", section, re.DOTALL)
-            for prompt, output in blocks:
+            for prompt, output in samples[step]:
                 found.setdefault(prompt, []).append(f"{name}, step {step}:\n{output}")
         blocks = [f"**{prompt}**\n\n```\n" + "\n\n".join(outputs) + "\n```\n\n" for prompt, outputs in found.items()]
-        append(path, "## Side by side\n\n" + "".join(blocks))
+        append(self.folder / "samples.md", "## Side by side\n\n" + "".join(blocks))
 
     def finish(self, model, **results):
         """Save the model, then the report: its existence says that the run is complete."""
@@ -582,6 +586,13 @@ def flush_output():
                 pass
 
 
+def inherited(args):
+    """The flags that a run shares with the runs that it needs first: a seed stands for a whole chain."""
+    shared = {"seed": 0, "dtype": "float32"}
+    return [word for name, default in shared.items() if (value := getattr(args, name)) != default
+            for word in (f"--{name}", str(value))]  # fmt: skip
+
+
 def made_by(script, args, minutes, flags=()):
     """The model folder of an earlier chapter's run. If it is missing, say so and make it.
 
@@ -596,9 +607,7 @@ def made_by(script, args, minutes, flags=()):
         argv += ["--data", args.data]
         if not args.base:  # from random weights, a few steps are enough for a demonstration
             argv += ["--batch", "8", "--steps", "40"]
-    for name, default in (("seed", 0), ("dtype", "float32")):
-        if getattr(args, name) != default:
-            argv += [f"--{name}", str(getattr(args, name))]
+    argv += inherited(args)
     run = Run(parse(script, module.parser(), argv))
     if not run.finished(code=False):
         print(

@@ -302,17 +302,18 @@ def describe(answers):
     return results | {name: mean([has(a.text) for a in answers]) for name, has in STYLES.items()}
 
 
+def correlation(x, y):
+    """Pearson's; 0 if one of the two never varies. x, y: (N,)"""
+    x, y = x - x.mean(), y - y.mean()
+    return (x @ y / (x.norm() * y.norm() + 1e-9)).item()
+
+
 def correlations(answers, scores):
-    """Pearson's correlation of scores (N,) with what N answers are like: {"corr_length": ..., "corr_correct": ...}.
-    0 if one of the two never varies."""
+    """Of scores (N,) with what N answers are like: {"corr_length": ..., "corr_correct": ...}."""
     properties = {"length": [len(a.ids) for a in answers], "correct": [a.correct for a in answers]}
     properties |= {name: [has(a.text) for a in answers] for name, has in STYLES.items()}
-    results, y = {}, scores.cpu() - scores.mean().item()
-    for name, values in properties.items():
-        x = torch.tensor(values).float()
-        x = x - x.mean()
-        results[f"corr_{name}"] = (x @ y / (x.norm() * y.norm() + 1e-9)).item()
-    return results
+    return {f"corr_{name}": correlation(scores.cpu(), torch.tensor(values).float())
+            for name, values in properties.items()}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------

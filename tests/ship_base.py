@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from safetensors.torch import load_file, save_file
 
 import gpt
-from data import runs
+from data import lessons, runs
 
 FLAGS = ("n_layer", "n_embd", "block_size", "steps", "batch", "length", "lr")
 
@@ -29,7 +29,7 @@ def main():
     config = runs.read_json(run.folder / "model" / "config.json")
     (gpt.SHIPPED / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tok = gpt.Tokenizer("task")
-    made = {"fingerprint": gpt.fingerprint(tok), "loss": gpt.first_loss(gpt.load_model(str(gpt.SHIPPED)), tok)}
+    made = {"fingerprint": lessons.fingerprint(tok), "loss": gpt.first_loss(gpt.load_model(str(gpt.SHIPPED)), tok)}
     made["flags"] = {name: run.config[name] for name in FLAGS}
     text = json.dumps(config | {"made": made}, indent=2)
     (gpt.SHIPPED / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,11 +1,13 @@
 """Tests of gpt.py: the model against itself, brute force and `transformers`; sampling; tokens; checkpoints."""
 
+import argparse
 import base64
 import json
 import math
 import os
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +33,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import gpt
-from data import checkpoints, make_vocab, task
+from data import checkpoints, lessons, make_vocab, runs, task
 from data.runs import rng
 
 REAL = os.environ.get("REAL_DATA_DIR")
@@ -830,3 +832,41 @@ def test_a_missing_tensor_is_named(tmp_path):
     for name in ("transformer.wte.weight", "transformer.ln_f.bias"):
         save_file({n: w for n, w in weights.items() if n != name}, tmp_path / "model.safetensors")
         exits(gpt.load_model, str(tmp_path), match=f"{name.removeprefix('transformer.')}' is missing")
+
+
+# --- the base model that comes with the repository ---
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """base(): which base model a script starts from; config: what data/base says of how it was made."""
+    config = json.loads((gpt.SHIPPED / "config.json").read_text(encoding="utf-8"))
+    folder = tmp_path / "shipped"
+    shutil.copytree(gpt.SHIPPED, folder)
+    monkeypatch.setattr(gpt, "SHIPPED", folder)
+    monkeypatch.setattr(runs, "made_by", lambda *_: "made anew")
+    monkeypatch.chdir(tmp_path)
+
+    def base():
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return gpt.base_model(argparse.Namespace(seed=7, dtype="float32"))
+
+    return SimpleNamespace(base=base, made=config["made"], folder=folder)
+
+
+def test_the_base_model_in_the_repository_is_that_of_today(shipped):
+    """It was made by the task, vocabulary, model and defaults of this commit."""
+    assert shipped.base() == str(shipped.folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("fingerprint", "0"), ("loss", 0.5), ("flags", {"n_layer": 4})])
+def test_another_base_model_is_not_used(shipped, name, value):
+    shipped.made[name] = value
+    assert shipped.base() == "made anew"
+
+
+def test_a_changed_task_makes_another_fingerprint(tok, monkeypatch):
+    before = lessons.fingerprint(tok)
+    assert lessons.fingerprint(tok) == before
+    monkeypatch.setattr(task, "SLIP_RATE", task.SLIP_RATE + 0.01)
+    assert lessons.fingerprint(tok) != before

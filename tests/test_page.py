@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import breaks, page, task
+from data import breaks, page, runs, task
 from data.breaks import METRICS
 
 pytest_plugins = ["server"]
@@ -114,6 +114,8 @@ def test_rounded(low, high, expected):
 
 class MadeUp:
     """A finished run in which every metric exists."""
+
+    outputs = runs.Run.outputs  # read from samples.jsonl, which the tests write
 
     def __init__(self, folder, label, shift=0.0, steps=100, output="Sure! 1+1=2. I am certain.\n#### 2 (correct)"):
         self.label, self.folder = label, folder
