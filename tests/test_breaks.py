@@ -30,12 +30,10 @@ FLAGS = {
     ("tools", "tool_overuse"): "--rl 20",
 }
 
-# Breaks whose claims are recorded and not demanded here: they have not been measured in this world yet, or (ppo) not at
-# this length. What must hold of them stands in MORE.
+# Breaks whose claims are recorded and not demanded here: on this seed they do not all hold, or (reward_hacking) not at
+# this length. They are to be redesigned. What must hold of them stands in MORE.
 NOT_YET = {
-    ("ppo", "reward_hacking"), ("ppo", "sign_flip"), ("reward_model", "distribution_shift"), ("grpo", "k1_kl_loss"),
-    ("grpo", "reward_hacking"), ("dpo", "shared_ref"), ("reasoning", "overoptimize_verifier"),
-    ("reasoning", "no_cot"), ("reasoning", "self_correct"), ("tools", "hallucinated_result"),
+    ("ppo", "reward_hacking"), ("grpo", "reward_hacking"), ("dpo", "shared_ref"), ("reasoning", "self_correct"),
     ("tools", "tool_overuse"),
 }  # fmt: skip
 
@@ -184,7 +182,8 @@ def test_unsafe_eval_is_the_same_model(both):
 def test_with_and_without_the_tool(cwd, done):
     """40 points between the model with its tool and the control."""
     assert not python(cwd, "tools", "--resume").returncode
-    tools = [f for f in folders(cwd) if f.config["script"] == "tools" and not f.config["break_"]]
+    runs = [f for f in folders(cwd) if f.config["script"] == "tools"]
+    tools = [f for f in runs if not f.config["break_"] and not f.config["rl"]]
     (good,), (plain,) = ([f.report for f in tools if f.config["plain"] is control] for control in (False, True))
     for name in ("accuracy_greedy", "accuracy_sampled", "accuracy_unpriced", "accuracy_priced"):
         assert good[name] > plain[name] + 0.4, name
