@@ -312,6 +312,7 @@ def train(args):
     solved = answer_often(model, tok, lessons, args.samples, longest, args.seed, "lessons")
     checked = answer_often(model, tok, checks, 8, longest, args.seed, "checks")
     outcomes = torch.tensor([a.correct for group in checked for a in group])
+    false_sums = torch.tensor([miscalculates(a.text) for group in checked for a in group])
     optimizer = gpt.make_optimizer(scorer, args.lr or (1e-3 if model.config.n_embd < 512 else 1e-5))
     lr = optimizer.param_groups[0]["lr"]
 
@@ -319,7 +320,12 @@ def train(args):
     for step in run.steps(steps, scorer, optimizer):
         if step % args.eval_every == 0 or step == steps:
             scores = score_all(scorer, tok, checks, checked)
-            found = quality(torch.tensor([s for group in scores for s in group]), outcomes)
+            flat = torch.tensor([s for group in scores for s in group])  # (number of answers,)
+            found = quality(flat, outcomes)
+            # Accuracy by the kind of mistake: an answer that calculates correctly is wrong if it has misread something.
+            accepted_right = ((flat > 0) == outcomes).float()
+            found["verifier_readings"] = accepted_right[~false_sums].mean().item()
+            found["verifier_sums"] = accepted_right[false_sums].sum().item() / max(1, int(false_sums.sum()))
             found["verifier_pairs"] = pairs_ranked(scores, [[a.correct for a in group] for group in checked])
             run.say(step, **found)
             samples = gpt.shown(checks, [group[0] for group in checked])
@@ -359,9 +365,11 @@ def explain(results, found):
     rare = precision_at(0.05, found["sensitivity"], found["specificity"])
     onset = 1 / max(found["fooled"], 1e-3)
     print(
-        f"\nThe verifier classifies {percent['verifier_accuracy']} of held-out solutions correctly. Of those that it "
-        f"accepts, {percent['precision']} are\ncorrect; if only 5 % of all solutions were, it would be {rare:.1%}. h = "
-        f"{results['fooled']:.3f} of all samples are wrong and accepted; 1/h = {onset:.0f}.\n"
+        f"\nThe verifier classifies {percent['verifier_accuracy']} of held-out solutions correctly: "
+        f"{percent['verifier_readings']} of those that calculate\ncorrectly, {percent['verifier_sums']} of those that "
+        f"miscalculate. Of those that it accepts, {percent['precision']} are\ncorrect; if only 5 % of all solutions "
+        f"were, it would be {rare:.1%}. h = {results['fooled']:.3f} of all samples are wrong and accepted;\n"
+        f"1/h = {onset:.0f}.\n"
         f"Best of N is best at N = {results['peak_n']} (chosen on one half of the problems).\n"
         f"Of all wrong answers {percent['wrong_miscalculated']} miscalculate; of the wrong ones with the highest score "
         f"{percent['winners_miscalculated']}.\n"

@@ -1,6 +1,6 @@
 """Reward model: how do labels on pairs of answers become a number that a policy can be optimized against?
 
-    python reward_model.py                            from the SFT model and 12000 labelled pairs
+    python reward_model.py                            from the SFT model and 20000 labelled pairs
     python reward_model.py --break length_bias        annotators who prefer the longer answer
     python reward_model.py --break distribution_shift     accurate on the pairs, not on a trained policy's answers
     python reward_model.py --break sycophancy         annotators who prefer agreement with the user
@@ -275,7 +275,7 @@ def learned_reward(scorer, tok, problems, answers):
 
 def load_reward(args, tok):
     """reward(problems, answers) -> (B,), from the reward model that --rm names or that reward_model.py makes."""
-    scorer = gpt.load_scorer(args.rm or runs.made_by("reward_model", args, "a minute"), args.device)
+    scorer = gpt.load_scorer(args.rm or runs.made_by("reward_model", args, "two minutes"), args.device)
     if scorer.transformer.config.tokenizer != tok.name:
         raise SystemExit("policy and reward model need the same tokenizer")
     scorer.requires_grad_(False)
@@ -291,7 +291,7 @@ def parser():
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--annotator", default="human", choices=list(task.TASTES), help="who labels the embedded pairs")
     add("--policy", help="up to half of the pairs from samples of this checkpoint, labelled by the exact checker")
-    add("--pairs", type=int, default=12000, help="pairs of the embedded task, each seen once")
+    add("--pairs", type=int, default=20000, help="pairs of the embedded task, each seen once")
     add("--steps", type=int, help="updates (default: one pass over the pairs)")
     add("--batch", type=int, help="pairs per step (default 16; with --data 8)")
     add("--lr", type=float, help="(default 1e-3; GPT-2 and larger 1e-5)")

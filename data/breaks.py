@@ -180,6 +180,8 @@ METRICS = {
     # reasoning
     "verifier_accuracy": "verifier accuracy, held-out solutions",
     "verifier_pairs": "verifier accuracy, held-out pairs",
+    "verifier_readings": "verifier accuracy, no false calculation",
+    "verifier_sums": "verifier accuracy, a false calculation",
     "sft_loss": "fine-tuning loss, last fifth",
     "sft_loss_before": "fine-tuning loss, the fifth before",
     "score_one": "verifier score of one answer",
@@ -228,6 +230,7 @@ for _name, _words in {
     "miscalculated": "answers that miscalculate",
 }.items():  # fmt: skip
     METRICS |= {f"{time}_{_name}": f"{_words}, {time}" for time in ("start", "peak", "end")}
+    METRICS[f"test_{_name}"] = _words
 for _name in ("correct", "length", "confident", "opening"):
     METRICS[f"start_corr_{_name}"] = f"correlation of reward and {_name}, start"
 
@@ -296,7 +299,8 @@ DRIFT = ("start_corr_correct", "start_corr_length", "start_corr_confident", "sta
 PPO_DASHBOARD = (*RL_DASHBOARD, "batch_explained_variance", "batch_clip_fraction")
 REASONING_DASHBOARD = ("sft_loss_before", "sft_loss", "verifier_accuracy", "verifier_pairs", "score_one", "score")
 REASONING_EXTERNAL = ("one", "greedy", "vote", "chosen", "best_of_n", "start_b", "peak_b", "end_b",
-                      "peak_n", "oracle", "sensitivity", "precision", "fooled")  # fmt: skip
+                      "peak_n", "oracle", "verifier_readings", "verifier_sums", "sensitivity", "precision",
+                      "fooled")  # fmt: skip
 TOOLS_DASHBOARD = ("loss", "loss_own", "grad_norm", "batch_reward", "kl_per_token")
 TOOLS_EXTERNAL = ("accuracy_sampled", "accuracy_greedy", "accuracy_unpriced", "accuracy_priced", "calls",
                   "correct_per_call", "valid", "wrong_results", "copied", "recovered")  # fmt: skip
@@ -310,8 +314,8 @@ RL_PANELS = (
 REWARD_HACKING = (
     Panel("reward rises, accuracy peaks and falls", "accuracy", ("test_accuracy",), runs="broken",
           right="test_reward"),
-    Panel("the same against the distance", "accuracy", ("test_accuracy",), "test_sqrt_kl", runs="broken",
-          right="test_reward"),
+    Panel("more confident, more formulaic", "fraction of answers", ("test_confident", "test_opening"), runs="broken"),
+    Panel("longer", "tokens per answer", ("test_length",), runs="broken"),
 )  # fmt: skip
 
 HACKING_CLAIMS = (
@@ -536,7 +540,7 @@ BREAKS = [
         claims=HACKING_CLAIMS,
         cure="python ppo.py --beta 0.1 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
-        flags=("--beta", "0.1"),
+        flags=("--beta", "0.1", "--problems", "1000"),
     ),
     Break(
         "ppo",
@@ -580,7 +584,7 @@ BREAKS = [
         claims=HACKING_CLAIMS,
         cure="python grpo.py --beta 0.2 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
-        flags=("--beta", "0.2"),
+        flags=("--beta", "0.2", "--problems", "1000"),
     ),
     Break(
         "grpo",
@@ -606,6 +610,25 @@ BREAKS = [
         external=RL_EXTERNAL,
         claims=NO_KL_CLAIMS,
         cure="python grpo.py   (k3 as the loss, or k1 in the reward)",
+        panels=RL_PANELS,
+        flags=("--max_steps", "200"),
+    ),
+    Break(
+        "grpo",
+        "new_head",
+        summary="the reward model's output layer is a new, random one: the reward rises, accuracy does not",
+        mechanism=(
+            "A checkpoint of a language model has no output layer for a score. Loaded as a reward model, it gets a "
+            "random one and a warning. Any function of the answers can be optimized."
+        ),
+        source="transformers: 'newly initialized: score.weight. You should probably TRAIN this model'",
+        dashboard=RL_DASHBOARD,
+        external=RL_EXTERNAL,
+        claims=(
+            broken("batch_reward") > broken("first_reward") + 0.1,
+            broken("end_accuracy") < clean("end_accuracy") - 0.1,
+        ),
+        cure="python reward_model.py   (score pairs with a known answer before training against the score)",
         panels=RL_PANELS,
         flags=("--max_steps", "200"),
     ),
@@ -790,7 +813,7 @@ BREAKS = [
         claims=(
             broken("spoiled") > broken("repaired") + 0.05,
             broken("revised") < broken("draft") - 0.05,
-            clean("revised") > clean("draft"),
+            clean("revised") > broken("revised") + 0.05,
         ),
         cure="python reasoning.py   (a judge with information that the model does not have: the verifier)",
         panels=(

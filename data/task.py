@@ -16,13 +16,13 @@ That is the point of the task: here we *know* the errors.
 
 Demonstrators make two kinds of error, and several chapters depend on the difference:
 
-    slips           random: 9+5=15. Of two slips on the same problem, only about 12 % give the same answer. So a
+    slips           random: 9+5=15. Of two slips on the same problem, only about 14 % give the same answer. So a
                     majority vote over many answers removes slips. Slips are *variance*.
     misconceptions  shared by most: "triple" means add three, "gives half" means minus two. A majority vote keeps
                     them. Only a signal from outside (preferences, a reward, a verifier) can remove them.
                     Misconceptions are *bias*.
 
-One solution does not always show which of the two it has: where a problem has "triple" or "half", about 14 % of the
+One solution does not always show which of the two it has: where a problem has "triple" or "half", about 18 % of the
 slips give the answer of a misconception by chance. `python -m data` measures both percentages.
 
 Everything is a function of a seed; nothing is read from disk. Look at it with  `python -m data`.
@@ -193,7 +193,7 @@ def write_solution(worked, rng, style=True, annotate=False):
 def slip(start, steps, rng):
     """Work the steps with one random mistake: a wrong result, a wrong operation, a skipped step."""
     at = rng.randrange(len(steps))
-    how = rng.choice(["result", "result", "operation", "skip"])
+    how = rng.choice(["result", "operation", "skip"])
     if how == "skip" and len(steps) > 1:
         return work(start, steps[:at] + steps[at + 1 :])
     if how == "operation":
@@ -243,7 +243,7 @@ def human_taste(text):
 # Two correct solutions, or two wrong ones: which is preferred? {annotator: (fraction of such pairs that get a label,
 # what decides there)}. A pair without a label is not in the data.
 TASTES = {
-    "human": (0.2, human_taste),
+    "human": (0.15, human_taste),
     "careful": (0.0, len),  # says nothing: only correctness is ever preferred
     "length": (1.0, len),
 }

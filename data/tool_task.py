@@ -30,7 +30,7 @@ from data.calculator import CallError, calculate
 
 START, OPERAND = (60, 199), (11, 99)
 PRICED = 2 / 3  # of the problems end with a sale for a price: copying labels is the hardest part to learn
-NEEDLESS = 0.1  # of calls are made twice
+CHECKED = 0.2  # of last calls are made again, and of these again, twice at most
 # A label is two of these, one token each.
 PIECES = ["a", "in", "o", "p", "r", "s", "t", "u"]
 CALL = re.compile(r"<<([^<>]*)=([^<>=]*)>>")  # expression, result
@@ -139,18 +139,16 @@ def answer_call(expression, prices):
 def demonstrate(problem, calls=True):
     """The correct solution, as text. calls=False: the same without calls, "140-14=126" and "ra=12".
 
-    One call in ten is made twice: demonstrators are careful, and the model learns that this happens.
+    Some demonstrators check the last calculation: they make its call again.
     """
     lines = []
-    coin = random.Random(f"needless {problem.text}")
 
     def say(expression):
         result = answer_call(expression, problem.prices)
-        times = 2 if coin.random() < NEEDLESS else 1
         if calls:
-            lines.extend([f"<<{expression}={result}>>{result if result.isdigit() else ''}"] * times)
+            lines.append(f"<<{expression}={result}>>{result if result.isdigit() else ''}")
         elif result.isdigit():
-            lines.extend([f"{expression}={result}"] * times)
+            lines.append(f"{expression}={result}")
         return result
 
     left = problem.start
@@ -162,6 +160,11 @@ def demonstrate(problem, calls=True):
         if price != "?key":
             say(f"{left}*{price}")
             break
+    coin = random.Random(f"checks {problem.text}")
+    for _ in range(2):
+        if coin.random() > CHECKED:
+            break
+        lines.append(lines[-1])
     return "\n".join(lines) + f"\n#### {problem.answer}"
 
 

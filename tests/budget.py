@@ -21,8 +21,8 @@ def main():
     needed = {
         "dpo": (["--steps", prompts // 32], f"{prompts} labelled pairs"),
         "ppo": (["--max_steps", prompts // 8],
-                f"a reward model (12000 labelled pairs), a value function; {4 * prompts} answers"),
-        "grpo": (["--max_steps", prompts // 8], f"a reward model (12000 labelled pairs); {8 * prompts} answers"),
+                f"a reward model (20000 labelled pairs), a value function; {4 * prompts} answers"),
+        "grpo": (["--max_steps", prompts // 8], f"a reward model (20000 labelled pairs); {8 * prompts} answers"),
     }  # fmt: skip
     header("", "accuracy at the start", "at the peak (chosen on half A, reported on half B)", "at the end",
            "KL at the end", "seconds", "peak memory, GB", "needed")  # fmt: skip

@@ -8,9 +8,10 @@
 
 A seed stands for a chain: SFT model, data and evaluation are made anew for each seed, from the base model that comes
 with the repository. Flags that are not known here are passed to the scripts. Runs are kept under runs/ in the current
-folder, and the numbers of each result in data/results/NAME.json, where NAME is the name of the run. Both are used again
-only while the code that made them is unchanged. So a call that was interrupted continues where it stopped, and one that
-is complete only prints. --jobs 2 measures two seeds at a time, each on one core.
+folder, and the numbers of each result in data/results/NAME.json, where NAME is the name of the run. Runs are used again
+only while the code that made them is unchanged. A result is kept, with the commit that made it: a call that was
+interrupted continues where it stopped, and one that is complete only prints. --renew measures again what other code has
+made. --jobs 2 measures two seeds at a time, each on one core.
 """
 
 import argparse
@@ -120,15 +121,17 @@ def judged(result):
     return result
 
 
-def measure(script, name, flags, seed):
+def measure(script, name, flags, seed, renew):
     """The result of one break on one seed: from its file, or from runs, which are trained if they are missing.
-    Exits with one line if the script fails."""
+    renew: not from a file that other code has made. Exits with one line if the script fails."""
     words = [*([] if name == "clean" else ["--break", name]), *flags, "--seed", str(seed)]
     found = both(script, words)
     path = RESULTS / f"{found[-1].folder.name}.json"
     result = runs.read_json(path)
-    same = result and result["config"] == found[-1].config
-    if not same or any(runs.code_checksum(name) != code for name, code in result["chain"].items()):
+    kept = result and result["config"] | {"code": ""} == found[-1].config | {"code": ""}
+    if kept and renew:
+        kept = all(runs.code_checksum(name) == code for name, code in result["chain"].items())
+    if not kept:
         made_with, log = commit(), Path("runs") / "logs" / f"{path.stem}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
@@ -151,7 +154,7 @@ def measure(script, name, flags, seed):
     return result
 
 
-def measure_seed(seed, wanted, flags, stop):
+def measure_seed(seed, wanted, flags, stop, renew=False):
     """The results of all wanted (script, break) on one seed, in their order. After one that fails, the next follows."""
     results = []
     for script, name in wanted:
@@ -159,7 +162,7 @@ def measure_seed(seed, wanted, flags, stop):
             break
         set_aside(seed)
         try:
-            results.append(measure(script, name, flags, seed))
+            results.append(measure(script, name, flags, seed, renew))
         except SystemExit as error:
             print(f"seed {seed}: {error}", flush=True)
         else:
@@ -272,6 +275,7 @@ def main(argv=None):
     parser.add_argument("--all", action="store_true", help="measure every break")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="with --all: these scripts or breaks")
     parser.add_argument("--tables", action="store_true", help="write the tables of data/results/README.md")
+    parser.add_argument("--renew", action="store_true", help="measure again what other code has made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; with 2 or more, each on one core")
     args, flags = parser.parse_known_args(argv[2:] if one else argv)
@@ -290,7 +294,7 @@ def main(argv=None):
     stop = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(measure_seed, seed, wanted, flags, stop) for seed in args.seeds if wanted]
+        jobs = [pool.submit(measure_seed, seed, wanted, flags, stop, args.renew) for seed in args.seeds if wanted]
         results = [result for job in jobs for result in job.result()]
     signal.signal(signal.SIGINT, before)
     if stop.is_set():
