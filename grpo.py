@@ -29,8 +29,6 @@ Hilton 2022; Stiennon et al. 2020, figure 5)
     k1_kl_loss      The KL penalty as the mean of log pi - log pi_ref, an unbiased estimate of the KL divergence. In
                     the *reward* that works. A *loss* is differentiated, and the expected gradient of this one is zero
                     (k3's is that of KL(pi_ref || pi)), so it penalizes nothing.
-    new_head        The reward model's output layer is not in the file and is drawn at random. The reward rises all the
-                    same; accuracy does not.
     shared_ref      The reference is the policy itself, `ref = policy`. The logged KL is 0, and the policy moves as
                     without a penalty. (minimind issue 674)
 
@@ -48,7 +46,7 @@ import torch
 import gpt
 from data import breaks, report, runs, task
 from ppo import policy_loss
-from reward_model import learned_reward, load_reward
+from reward_model import load_reward
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions
@@ -111,13 +109,6 @@ def my_reward(problems, answers):
 
 def make_reward(args, tok):
     """reward(problems, answers) -> (B,)"""
-    if args.break_ == "new_head":
-        # The path of the reward model is that of the SFT model. The missing output layer is drawn at random, with a
-        # warning among the first lines of the log.
-        torch.manual_seed(args.seed)
-        scorer = gpt.Scorer(gpt.load_model(args.load or runs.made_by("sft", args, "a minute"), args.device))
-        scorer = scorer.requires_grad_(False).to(args.device)
-        return lambda problems, answers: learned_reward(scorer, tok, problems, answers)
     return {"checker": checker_reward, "mine": my_reward}.get(args.reward) or load_reward(args, tok)
 
 

@@ -1,7 +1,7 @@
 """PPO: how is a policy optimized against a reward, token by token, without becoming unstable?
 
     python ppo.py                             the short run: 10 batches against a learned reward model
-    python ppo.py --break reward_hacking      the same run, continued to batch 500
+    python ppo.py --break reward_hacking      the same run, continued to batch 200
     python ppo.py --break no_kl               without the KL penalty, 100 batches with and without it
     python ppo.py --break sign_flip           the score has the wrong sign
 
@@ -33,7 +33,7 @@ second transformer, initialized from the reward model.)
 What does the value function buy? `python ppo.py --max_steps 200 --value_coefficient 0` is the same run with V = 0: the
 advantage of a token is then the return itself.
 
-    reward_hacking  A small beta, and max_steps x 50. The reward keeps rising; accuracy rises, peaks and falls, and the
+    reward_hacking  A small beta, and max_steps x 20. The reward keeps rising; accuracy rises, peaks and falls, and the
                     answers become longer, more confident and more formulaic. (With the default beta it does not fall
                     in the clean run of no_kl.)
     no_kl           beta = 0. The KL is larger, the reward is higher, and the accuracy is lower.
@@ -163,7 +163,7 @@ def train(args):
     """One run, from the SFT model to the report. Returns its runs.Run."""
     max_steps = args.max_steps
     if args.break_ == "reward_hacking":
-        max_steps *= 50  # "it was still improving when we stopped"
+        max_steps *= 20  # "it was still improving when we stopped"
     policy, ref, tok = gpt.load_policy(args.load or runs.made_by("sft", args, "a minute"), args)
     reward = load_reward(args, tok)
     # Policy, value head and beta in one module: one optimizer, one checkpoint.
@@ -258,11 +258,11 @@ def parser():
         "prompt is computed once for all of them")
     add("--minibatch", type=int, default=16, help="answers per update")
     add("--epochs", type=int, default=4, help="passes over each batch of rollouts")
-    add("--lr", type=float, default=3e-5, help="small enough that the peak of the accuracy can be seen")
-    add("--beta", type=float, default=0.2, help="weight of the KL penalty, 0 for none")
+    add("--lr", type=float, default=1e-4, help="step size of the policy; constant")
+    add("--beta", type=float, default=0.5, help="weight of the KL penalty, 0 for none")
     add("--target_kl", type=float, default=0.0, help="adapt beta to keep this KL to the reference, in nats per\n"
         "answer (0: beta is constant)")
-    add("--clip", type=float, default=0.1, help="how far ratio and value may be moved in one batch")
+    add("--clip", type=float, default=0.2, help="how far ratio and value may be moved in one batch")
     add("--gamma", type=float, default=1.0, help="discount; answers are short, so the end counts in full")
     add("--lam", type=float, default=0.95, help="GAE: 1 uses the rewards that followed, 0 the value function")
     add("--value_coefficient", type=float, default=1.0, help="weight of the value loss. With 0 the value function\n"

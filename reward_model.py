@@ -3,6 +3,7 @@
     python reward_model.py                            from the SFT model and 20000 labelled pairs
     python reward_model.py --break length_bias        annotators who prefer the longer answer
     python reward_model.py --break distribution_shift     accurate on the pairs, not on a trained policy's answers
+    python reward_model.py --break too_many_epochs    few labels, used eight times
     python reward_model.py --break sycophancy         annotators who prefer agreement with the user
     python reward_model.py --data ultrafeedback/train.jsonl     real preferences
 
@@ -25,6 +26,8 @@ whether it is still accurate on answers unlike the annotators' pairs.
                         held-out pairs is as good. A long wrong answer beats a short correct one. (Singhal 2023)
     distribution_shift  The same reward model, evaluated on samples of a policy that was trained against it. It has
                         learned to see its annotators' mistakes, not these. (Gao et al. 2022)
+    too_many_epochs     An eighth of the pairs, eight times. The training loss falls to nearly nothing; held-out pairs are
+                        ranked worse, and more confidently. (Ouyang et al. 2022, appendix C.2)
     sycophancy          Some users say what they believe, "I think triple means plus three", and annotators prefer the
                         answer that agrees.
                         (Sharma et al. 2023)
@@ -177,6 +180,8 @@ def labelled_pairs(args, tok, context):
         print(f"{len(own)} pairs from samples of {args.policy}, labelled by the exact checker")
         half = len(material.train) // 2
         material.train = material.train[:half] + own[:half]
+    if args.break_ == "too_many_epochs":
+        material.train = material.train[: len(material.train) // 8] * 8  # labels are expensive, and training is not
     if args.break_ == "sycophancy":
         material.train = sycophantic(material.train, f"hints {args.seed}")
         material.held_out = sycophantic(material.held_out, f"hints {args.seed}")
@@ -231,7 +236,8 @@ def train(args):
                 grad_norm=grad_norm)  # fmt: skip
 
     # ---- the report
-    results = run.mean("loss", "pair_accuracy") | {"held_out_accuracy": accuracy(margins)}
+    results = run.mean("loss", "pair_accuracy")
+    results |= {"held_out_accuracy": accuracy(margins), "held_out_loss": held_out_loss.item()}
     gaps = torch.tensor([len(c) - len(r) for _, c, r in held_out], device=margins.device).float()
     results["corr_margin_length"] = correlation(margins, gaps)  # does the longer side get the higher score?
     results["longer_chosen"] = (gaps > 0).float().mean().item()  # how often is the longer side the chosen one?

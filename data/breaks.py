@@ -140,6 +140,7 @@ METRICS = {
     "ref_accuracy": "reference prefers the chosen answer",
     "ref_margin": "log-prob margin of the reference (nats)",
     "held_out_accuracy": "accuracy on held-out pairs",
+    "held_out_loss": "loss on held-out pairs",
     # answers to held-out problems
     "accuracy_sampled": "accuracy, sampled",
     "accuracy_greedy": "accuracy, greedy",
@@ -331,7 +332,7 @@ HACKING_CLAIMS = (
     broken("end_opening") > broken("start_opening") + 0.1,
 )
 HACKING = (
-    "a small beta and 50 times as many steps: the reward rises on, accuracy peaks and falls, answers drift",
+    "a small beta and 20 or 50 times as many steps: the reward rises on, accuracy peaks and falls, answers drift",
     "The reward model is accurate on answers like its training pairs. The policy moves to answers with high "
     "scores that it was not trained on, and there the score no longer measures correctness.",
     "Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5",
@@ -530,6 +531,29 @@ BREAKS = [
             ),
         ),
     ),
+    Break(
+        "reward_model",
+        "too_many_epochs",
+        summary="an eighth of the pairs, eight times: training pairs are ranked perfectly, held-out pairs worse",
+        mechanism=(
+            "In the second pass a pair can be recognized instead of judged. The model memorizes labels, and its "
+            "margins grow on pairs that it gets wrong as well."
+        ),
+        source="Ouyang et al. 2022, appendix C.2: one epoch, more overfit",
+        dashboard=("loss", "pair_accuracy"),
+        external=("held_out_accuracy", "held_out_loss", *RM_EXTERNAL),
+        claims=(
+            broken("loss") < 0.5 * clean("loss"),
+            broken("pair_accuracy") > 0.95,
+            broken("held_out_accuracy") < clean("held_out_accuracy") - 0.05,
+            broken("held_out_loss") > 1.5 * clean("held_out_loss"),
+        ),
+        cure="python reward_model.py   (every pair once)",
+        panels=(
+            Panel("dashboard: training loss", "nats", ("loss",)),
+            Panel("external: held-out pairs", "loss in nats", ("held_out_loss",)),
+        ),
+    ),
     # ---- ppo.py
     Break(
         "ppo",
@@ -538,9 +562,9 @@ BREAKS = [
         dashboard=PPO_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python ppo.py --beta 0.1 --max_steps N   (N the step of the peak; or the default beta)",
+        cure="python ppo.py --beta 0.01 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
-        flags=("--beta", "0.1", "--problems", "1000"),
+        flags=("--beta", "0.01", "--problems", "1000"),
     ),
     Break(
         "ppo",
@@ -610,25 +634,6 @@ BREAKS = [
         external=RL_EXTERNAL,
         claims=NO_KL_CLAIMS,
         cure="python grpo.py   (k3 as the loss, or k1 in the reward)",
-        panels=RL_PANELS,
-        flags=("--max_steps", "200"),
-    ),
-    Break(
-        "grpo",
-        "new_head",
-        summary="the reward model's output layer is a new, random one: the reward rises, accuracy does not",
-        mechanism=(
-            "A checkpoint of a language model has no output layer for a score. Loaded as a reward model, it gets a "
-            "random one and a warning. Any function of the answers can be optimized."
-        ),
-        source="transformers: 'newly initialized: score.weight. You should probably TRAIN this model'",
-        dashboard=RL_DASHBOARD,
-        external=RL_EXTERNAL,
-        claims=(
-            broken("batch_reward") > broken("first_reward") + 0.1,
-            broken("end_accuracy") < clean("end_accuracy") - 0.1,
-        ),
-        cure="python reward_model.py   (score pairs with a known answer before training against the score)",
         panels=RL_PANELS,
         flags=("--max_steps", "200"),
     ),
@@ -745,6 +750,7 @@ BREAKS = [
         cure="python dpo.py   (load the checkpoint twice, or copy it)",
         panels=(Panel("dashboard: training loss", "nats", ("loss",)), ACCURACY),
         task_claims=(broken("accuracy_sampled") < clean("accuracy_sampled") - 0.1,),
+        flags=("--steps", "200"),
     ),
     # ---- reasoning.py
     Break(

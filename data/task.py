@@ -16,8 +16,9 @@ That is the point of the task: here we *know* the errors.
 
 Demonstrators make two kinds of error, and several chapters depend on the difference:
 
-    slips           random: 9+5=15. Of two slips on the same problem, only about 14 % give the same answer. So a
-                    majority vote over many answers removes slips. Slips are *variance*.
+    slips           random: 9+5=15, a wrong operation, a step left out. Of two slips on the same problem, only about
+                    14 % give the same answer. So a majority vote over many answers removes slips. Slips are
+                    *variance*.
     misconceptions  shared by most: "triple" means add three, "gives half" means minus two. A majority vote keeps
                     them. Only a signal from outside (preferences, a reward, a verifier) can remove them.
                     Misconceptions are *bias*.

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 # Flags that make a break shorter than documented, so that all of them fit into half an hour.
 FLAGS = {
-    ("ppo", "reward_hacking"): "--max_steps 3",  # 150 of the 500 steps
+    ("ppo", "reward_hacking"): "--max_steps 5",  # 100 of the 200 steps
     ("ppo", "no_kl"): "--max_steps 75",
     ("ppo", "sign_flip"): "--max_steps 75",
     ("grpo", "reward_hacking"): "--max_steps 6",  # 300 of the 500 steps
@@ -30,12 +30,8 @@ FLAGS = {
     ("tools", "tool_overuse"): "--rl 20",
 }
 
-# Breaks whose claims are recorded and not demanded here: on this seed they do not all hold, or (reward_hacking) not at
-# this length. They are to be redesigned. What must hold of them stands in MORE.
-NOT_YET = {
-    ("ppo", "reward_hacking"), ("grpo", "reward_hacking"), ("dpo", "shared_ref"), ("reasoning", "self_correct"),
-    ("tools", "tool_overuse"),
-}  # fmt: skip
+# Breaks that are too short here for all of their claims. What must hold of them stands in MORE.
+TOO_SHORT = {("ppo", "reward_hacking")}
 
 # What must hold in addition to the claims of the catalogue.
 MORE = {
@@ -56,7 +52,7 @@ MORE = {
         broken("end_reward") > broken("start_reward") + 0.5, broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
         broken("end_length") > broken("start_length"), broken("end_opening") > broken("start_opening"),
     ),
-    # The direction of the drift, in 150 steps.
+    # The direction of the drift, in 100 steps.
     ("ppo", "reward_hacking"): (
         broken("end_reward") > broken("start_reward") + 0.3, broken("end_length") > broken("start_length"),
         broken("end_confident") > broken("start_confident"), broken("end_opening") > broken("start_opening"),
@@ -65,11 +61,7 @@ MORE = {
     # The logged reward is positive, the true score negative.
     ("ppo", "sign_flip"): (broken("batch_reward") > 0, broken("reward") < 0),
     ("grpo", "k1_kl_loss"): (broken("kl") > 1.5 * clean("kl"),),
-    # On this seed the accuracy is 9 points lower, not 10.
-    ("dpo", "shared_ref"): (
-        broken("loss") > 0.693, broken("loss") < 0.694, broken("kl") > 1.5 * clean("kl"),
-        broken("accuracy_sampled") < clean("accuracy_sampled"),
-    ),
+    ("dpo", "shared_ref"): (broken("loss") > 0.693, broken("loss") < 0.694),
     # PPO's parts work: the value function predicts, the clip acts, and the run is healthy.
     ("ppo", "no_kl"): (
         clean("batch_explained_variance") > 0.3, clean("batch_clip_fraction") > 0.003,
@@ -148,7 +140,7 @@ def test_signature(both, script, name):
     b = entry(script, name)
     assert bad.report["claims"] == {c.text(reports): c.holds(reports) for c in b.claims + b.task_claims}
     assert bad.report["reproduced"] == ("NOT reproduced" not in out)
-    assert bad.report["reproduced"] or (script, name) in NOT_YET, out
+    assert bad.report["reproduced"] or (script, name) in TOO_SHORT, out
     for claim in MORE.get((script, name), ()):
         assert claim.holds(reports), claim.text(reports)
     assert (bad.path / "figure.png").stat().st_size > 5000
