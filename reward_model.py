@@ -26,8 +26,8 @@ whether it is still accurate on answers unlike the annotators' pairs.
                         held-out pairs is as good. A long wrong answer beats a short correct one. (Singhal 2023)
     distribution_shift  The same reward model, evaluated on samples of a policy that was trained against it. It has
                         learned to see its annotators' mistakes, not these. (Gao et al. 2022)
-    too_many_epochs     An eighth of the pairs, eight times. The training loss falls to nearly nothing; held-out pairs are
-                        ranked worse, and more confidently. (Ouyang et al. 2022, appendix C.2)
+    too_many_epochs     An eighth of the pairs, eight times. The training loss falls to nearly nothing; held-out pairs
+                        are ranked worse, and more confidently. (Ouyang et al. 2022, appendix C.2)
     sycophancy          Some users say what they believe, "I think triple means plus three", and annotators prefer the
                         answer that agrees.
                         (Sharma et al. 2023)
