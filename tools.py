@@ -27,7 +27,8 @@ The breaks:
     unsafe_eval          The calculator is Python's eval. The accuracy is about the same, until a prompt contains
                          code: then the code runs, and the eggs are sold for 0 coins. (CVE-2023-29374)
     faulty_tool          The same model again; the tool is silently wrong in one call of ten. The model repeats it.
-    tool_overuse         Reinforcement learning with a small reward per call.
+    tool_overuse         Reinforcement learning with a point for a correct answer and a point per call. The model repeats
+                         its calls until the answer is cut off. (Wang et al. 2025)
 """
 
 import argparse
@@ -342,7 +343,7 @@ def train_rl(args):
         calls = torch.tensor([float(a.text.count(">>")) for a in answers])
         rewards = correct
         if args.break_ == "tool_overuse":
-            rewards = correct + 0.2 * calls  # "encourage the model to use its tools"
+            rewards = correct + calls  # "encourage the model to use its tools": a point per call
         advantages = group_advantages(rewards.view(P, G)).view(-1, 1).to(args.device)  # (B, 1)
         # ---- one update, on the model's own tokens
         own = padded(owns, args.device)  # (B, N)

@@ -898,18 +898,21 @@ BREAKS = [
     Break(
         "tools",
         "tool_overuse",
-        summary="RL with a reward per call: more calls, fewer correct answers per call",
-        mechanism="A reward per call rewards calls that the problem does not need.",
+        summary="RL with a point per call: more calls, fewer correct answers per call",
+        mechanism=(
+            "Some demonstrators repeat their last call as a check. A reward per call teaches the model to do so more "
+            "often, until there is no room left for the answer."
+        ),
         source="Wang et al. 2025 (OTC)",
         dashboard=TOOLS_DASHBOARD,
         external=TOOLS_EXTERNAL,
         claims=(broken("calls") > 1.5 * clean("calls"), broken("correct_per_call") < 0.67 * clean("correct_per_call")),
-        cure="python tools.py --rl 60   (reward the answer, not the call)",
+        cure="python tools.py --rl 60 --lr 3e-4 --beta 0   (reward the answer, not the call)",
         panels=(
             Panel("dashboard: reward", "per sampled answer", ("reward",)),
             Panel("external: calls", "per answer", ("calls",)),
         ),
-        flags=("--rl", "60"),
+        flags=("--rl", "60", "--lr", "3e-4", "--beta", "0"),
     ),
 ]
 

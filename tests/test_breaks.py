@@ -27,7 +27,7 @@ FLAGS = {
     ("reasoning", "no_cot"): "--n 16 --problems 100 --train_problems 400",
     ("reasoning", "overoptimize_verifier"): "--problems 100",
     ("reasoning", "self_correct"): "--problems 100",
-    ("tools", "tool_overuse"): "--rl 20",
+    ("tools", "tool_overuse"): "--rl 30",
 }
 
 # Breaks that are too short here for all of their claims. What must hold of them stands in MORE.

@@ -45,7 +45,7 @@ MISTAKES = {
     ("tools", "hallucinated_result"): ["tool = None", "learned = exists"],
     ("tools", "unsafe_eval"): ["runs.without_break(args)", "tool = eval_call"],
     ("tools", "faulty_tool"): ["runs.without_break(args)", "functools.partial(faulty_call"],
-    ("tools", "tool_overuse"): ["correct + 0.2 * calls"],
+    ("tools", "tool_overuse"): ["correct + calls"],
 }
 
 
