@@ -27,8 +27,8 @@ The breaks:
     unsafe_eval          The calculator is Python's eval. The accuracy is about the same, until a prompt contains
                          code: then the code runs, and the eggs are sold for 0 coins. (CVE-2023-29374)
     faulty_tool          The same model again; the tool is silently wrong in one call of ten. The model repeats it.
-    tool_overuse         Reinforcement learning with a point for a correct answer and a point per call. The model repeats
-                         its calls until the answer is cut off. (Wang et al. 2025)
+    tool_overuse         Reinforcement learning with a point for a correct answer and a point per call. The model
+                         repeats its calls until the answer is cut off. (Wang et al. 2025)
 """
 
 import argparse
