@@ -3,7 +3,7 @@
     python reward_model.py                            from the SFT model and 20000 labelled pairs
     python reward_model.py --break length_bias        annotators who prefer the longer answer
     python reward_model.py --break distribution_shift     accurate on the pairs, not on a trained policy's answers
-    python reward_model.py --break too_many_epochs    few labels, used eight times
+    python reward_model.py --break too_many_epochs    few labels, each used sixteen times
     python reward_model.py --break sycophancy         annotators who prefer agreement with the user
     python reward_model.py --data ultrafeedback/train.jsonl     real preferences
 
@@ -26,8 +26,8 @@ whether it is still accurate on answers unlike the annotators' pairs.
                         held-out pairs is as good. A long wrong answer beats a short correct one. (Singhal 2023)
     distribution_shift  The same reward model, evaluated on samples of a policy that was trained against it. It has
                         learned to see its annotators' mistakes, not these. (Gao et al. 2022)
-    too_many_epochs     An eighth of the pairs, eight times. The training loss falls to nearly nothing; held-out pairs
-                        are ranked worse, and more confidently. (Ouyang et al. 2022, appendix C.2)
+    too_many_epochs     A sixteenth of the pairs, sixteen times. The training loss falls to nearly nothing;
+                        held-out pairs are ranked worse, and more confidently. (Ouyang et al. 2022, appendix C.2)
     sycophancy          Some users say what they believe, "I think triple means plus three", and annotators prefer the
                         answer that agrees.
                         (Sharma et al. 2023)
@@ -181,7 +181,7 @@ def labelled_pairs(args, tok, context):
         half = len(material.train) // 2
         material.train = material.train[:half] + own[:half]
     if args.break_ == "too_many_epochs":
-        material.train = material.train[: len(material.train) // 8] * 8  # labels are expensive, and training is not
+        material.train = material.train[: len(material.train) // 16] * 16  # labels are expensive, training is not
     if args.break_ == "sycophancy":
         material.train = sycophantic(material.train, f"hints {args.seed}")
         material.held_out = sycophantic(material.held_out, f"hints {args.seed}")

@@ -534,7 +534,7 @@ BREAKS = [
     Break(
         "reward_model",
         "too_many_epochs",
-        summary="an eighth of the pairs, eight times: training pairs are ranked perfectly, held-out pairs worse",
+        summary="a sixteenth of the pairs, sixteen times: training pairs are ranked perfectly, held-out pairs worse",
         mechanism=(
             "In the second pass a pair can be recognized instead of judged. The model memorizes labels, and its "
             "margins grow on pairs that it gets wrong as well."
