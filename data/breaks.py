@@ -907,12 +907,12 @@ BREAKS = [
         dashboard=TOOLS_DASHBOARD,
         external=TOOLS_EXTERNAL,
         claims=(broken("calls") > 1.5 * clean("calls"), broken("correct_per_call") < 0.67 * clean("correct_per_call")),
-        cure="python tools.py --rl 60 --lr 3e-4 --beta 0   (reward the answer, not the call)",
+        cure="python tools.py --rl 60 --lr 0.0003 --beta 0   (reward the answer, not the call)",
         panels=(
             Panel("dashboard: reward", "per sampled answer", ("reward",)),
             Panel("external: calls", "per answer", ("calls",)),
         ),
-        flags=("--rl", "60", "--lr", "3e-4", "--beta", "0"),
+        flags=("--rl", "60", "--lr", "0.0003", "--beta", "0.0"),
     ),
 ]
 

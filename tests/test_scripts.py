@@ -314,8 +314,9 @@ def test_talk_to_a_checkpoint(run, base, chat, tmp_path, where):
 # --- breaks ---
 
 # Flags that a break needs at the tiny size. too_many_epochs takes a fiftieth of the demonstrations.
-FLAGS = {name: "--demos 100 --steps 3" for name in ("eos_masked", "too_many_epochs")}
-FLAGS |= {"reward_hacking": "--max_steps 1", "tool_overuse": "--rl 3 --prompts 2 --group 2"}
+FLAGS = {("sft", name): "--demos 100 --steps 3" for name in ("eos_masked", "too_many_epochs")}
+FLAGS |= {(script, "reward_hacking"): "--max_steps 1" for script in ("ppo", "grpo")}
+FLAGS |= {("reward_model", "too_many_epochs"): "--pairs 32", ("tools", "tool_overuse"): "--rl 3 --prompts 2 --group 2"}
 FROM_NOTHING = ("distribution_shift", "no_cot")  # these make models of their own: see below
 
 
@@ -326,7 +327,7 @@ def broken(make):
 
     def broken(script, name):
         if (script, name) not in made:
-            made[script, name] = make(script, "--break", name, *FLAGS.get(name, "").split())
+            made[script, name] = make(script, "--break", name, *FLAGS.get((script, name), "").split())
         check_break(made[script, name].job.out, *made[script, name].folders, breaks.entry(script, name))
         return made[script, name].folders
 
@@ -370,12 +371,13 @@ def test_length_bias_is_in_the_labels(broken):
 
 @pytest.mark.parametrize("script", RL)
 def test_reward_hacking_is_the_short_run_continued(broken, script):
-    """Fifty times as many steps, and not a byte of the first ones differs."""
+    """Many times as many steps, and not a byte of the first ones differs."""
     short, long = broken(script, "reward_hacking")
+    steps = {"ppo": 20, "grpo": 50}[script]
     check_folder(short, 1)
-    check_folder(long, 50)
+    check_folder(long, steps)
     evaluations = [m["step"] for m in long.metrics("test_accuracy")]
-    assert evaluations[0] == 0 and evaluations[-1] == 50 and long.report["peak_step"] in evaluations
+    assert evaluations[0] == 0 and evaluations[-1] == steps and long.report["peak_step"] in evaluations
     rewards = [m["reward"] for m in long.updates]
     assert long.report["first_reward"] == pytest.approx(sum(rewards[:10]) / 10)
     assert long.report["batch_reward"] == pytest.approx(sum(rewards[-10:]) / 10)
