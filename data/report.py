@@ -87,7 +87,8 @@ def running_mean(values):
 
 
 def draw(path, both, panels):
-    """One row of panels into a PNG file. both: the clean run and, of a break, the broken one."""
+    """One row of panels into a PNG file. both: the clean run and, of a break, the broken one; or those of several
+    seeds, and then without bars."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws into a file: works without a screen
@@ -95,7 +96,7 @@ def draw(path, both, panels):
 
     fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), layout="constrained")
     for ax, panel in zip(axes, panels):
-        some = both[-1:] if panel.runs == "broken" else both
+        some = [run for run in both if panel.runs == "both" or run.label != "clean"]
         if panel.bars:
             bars(ax, some, panel)
         else:
@@ -127,6 +128,7 @@ def lines(ax, some, panel):
     """A line for each run and metric, over the steps (or over another logged number)."""
     several = len(panel.metrics) > 1
     styles = dict(zip(panel.metrics, ("-", "--", ":", "-.", (0, (1, 3)))))
+    labels, named = {run.label for run in some}, set()
     for run in some:
         color = COLORS["clean" if run.label == "clean" else "broken"]
         for i, metric in enumerate(panel.metrics):
@@ -135,12 +137,15 @@ def lines(ax, some, panel):
                 continue
             xs, ys = zip(*logged)
             name = breaks.label(metric) if several else run.label
-            if several and len(some) > 1:
+            if several and len(labels) > 1:
                 name = f"{run.label}: {name}"
             # One run with several metrics: a color each. Two runs: a color per run, a style per metric.
-            style = styles[metric] if several else "-" if run.label == "clean" or len(some) == 1 else "--"
-            color = f"C{i}" if several and len(some) == 1 else color
-            ax.plot(xs, running_mean(ys), linestyle=style, color=color, linewidth=2, label=name)
+            style = styles[metric] if several else "-" if run.label == "clean" or len(labels) == 1 else "--"
+            color = f"C{i}" if several and len(labels) == 1 else color
+            if name in named:
+                name = None  # the same run on another seed: one entry in the legend is enough
+            named.add(name)
+            ax.plot(xs, running_mean(ys), linestyle=style, color=color, linewidth=2 if len(some) < 3 else 1, label=name)
     ax.set_ylabel(panel.ylabel)
     ax.set_xlabel({"test_sqrt_kl": "distance: square root of the KL to the reference (nats)", "n": "N answers"}
                   .get(panel.x, panel.x))  # fmt: skip
@@ -152,11 +157,12 @@ def lines(ax, some, panel):
         if ax.lines:
             ax.legend(fontsize=8 if not several else 7)
         return
-    (run,) = some
-    evaluations = [m for m in run.metrics if panel.right in m]
-    star = next(m for m in evaluations if m["step"] == run.report["peak_step"])
-    ax.plot(star[panel.x], star[panel.metrics[0]], "*", color="tab:red", markersize=15)
     ax.set_ylabel(f"{panel.ylabel} (solid)", color="tab:red")
     other = ax.twinx()
-    other.plot([m[panel.x] for m in evaluations], [m[panel.right] for m in evaluations], "--", color="0.3")
     other.set_ylabel("reward on held-out problems (dashed)", color="0.3")
+    for run in some:
+        evaluations = [m for m in run.metrics if panel.right in m]
+        star = next(m for m in evaluations if m["step"] == run.report["peak_step"])
+        ax.plot(star[panel.x], star[panel.metrics[0]], "*", color="tab:red", markersize=15 if len(some) == 1 else 9)
+        xs, ys = zip(*((m[panel.x], m[panel.right]) for m in evaluations))
+        other.plot(xs, ys, "--", color="0.3", linewidth=1.5 if len(some) == 1 else 1)

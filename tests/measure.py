@@ -26,17 +26,22 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import breaks, runs
+from data import breaks, report, runs
 
 REPO = runs.HERE
 RESULTS = REPO / "data" / "results"
 BEGIN = "<!-- Written by `python tests/measure.py --tables`, from the .json files beside this one. Do not edit. -->"
 END = "<!-- The end of what measure.py writes. -->"
+# The same marks around the first table of README.md.
+FIRST_BEGIN = "<!-- Written by `python tests/measure.py --tables`, from data/results/. Do not edit. -->"
+FIRST_END = END
+FIGURES = (("dpo", "flip_labels"), ("grpo", "reward_hacking"), ("ppo", "reward_hacking"))
 
 # ---------------------------------------------------------------------------------------------
 # Running
@@ -109,6 +114,23 @@ def machine(device):
     return f"{cores}, torch {torch.__version__} on {torch.cuda.get_device_name() if 'cuda' in device else device}"
 
 
+def thinned(rows, most=50):
+    """Means of neighbouring rows, so that at most so many are left. All rows have the same names."""
+    width = -(-len(rows) // most)
+    blocks = (rows[i : i + width] for i in range(0, len(rows), width))
+    return [{name: round(mean([row[name] for row in block]), 4) for name in block[0]} for block in blocks]
+
+
+def drawn(entry, run):
+    """What the figure of a break draws of one run: rows like those of metrics.jsonl, thinned."""
+    names = {name for panel in entry.panels if not panel.bars for name in (panel.x, panel.right, *panel.metrics)}
+    kinds = {}  # updates and evaluations log different names
+    for m in run.metrics:
+        row = {name: m[name] for name in m if name in names}
+        kinds.setdefault(tuple(row), []).append(row)
+    return [row for names, rows in kinds.items() if len(names) > 1 for row in thinned(rows)]
+
+
 def judged(result):
     """The result with the claims of today's catalogue: their sentences, values, and whether they hold."""
     if result["break"] != "clean":
@@ -147,6 +169,8 @@ def measure(script, name, flags, seed, renew):
             "reports": {label: {key: value for key, value in report.items() if type(value) in (int, float)}
                         for label, report in reports.items()},
             "curves": [m for m in found[-1].metrics if "n" in m],  # what reasoning.py measured for every N
+            "drawn": {label: drawn(breaks.entry(script, name), run) for label, run in zip(reports, found)
+                      if name != "clean"},
             "config": found[-1].config, "chain": chain(*(run.report for run in found)),
         }  # fmt: skip
     text = json.dumps(judged(result), indent=1) + "\n"
@@ -237,13 +261,41 @@ def details(results, metrics=None):
     return lines
 
 
+def between(path, begin, end, text):
+    """Replace what stands between two marks of a file. Exits if it lacks them."""
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        sys.exit(f"{path} lacks the marks between which the tables belong:\n{begin}\n{end}")
+    text = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    runs.write_atomically(path, lambda new: new.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_figures(found, folder):
+    """The figures of README.md: every seed of these breaks, without flags of their own."""
+    for script, name in FIGURES:
+        results = [r for r in found.get((script, name, ()), []) if "drawn" in r]
+        rows = [SimpleNamespace(label="clean" if label == "clean" else name, metrics=r["drawn"][label],
+                                report=r["reports"][label]) for r in results for label in r["drawn"]]  # fmt: skip
+        if rows:
+            panels = [panel for panel in breaks.entry(script, name).panels if not panel.bars]
+            report.draw(folder / f"{script}-{name}.png", rows, panels)
+
+
+def write_first_table(found, readme):
+    """The table of README.md: what `python dpo.py --break flip_labels` prints, which is seed 0."""
+    for result in found.get(("dpo", "flip_labels", ()), []):
+        if result["seed"] == 0:
+            entry = breaks.entry("dpo", "flip_labels")
+            verdict = "reproduced" if reproduced(result) else "NOT reproduced"
+            table = report.table(result["reports"], entry)
+            between(readme, FIRST_BEGIN, FIRST_END, f"```\n{table}\n\n{entry.name}: {verdict}.\n```")
+
+
 def write_tables():
-    """Replace what stands between the two marks of README.md. The rest of the file is written by hand and kept."""
+    """Replace what stands between the marks of data/results/README.md and of README.md, and draw the latter's figures.
+    The rest of both files is written by hand and kept."""
     readme = RESULTS / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{readme} lacks the marks between which the tables belong:\n{BEGIN}\n{END}")
     found = groups(runs.read_json(path) for path in sorted(RESULTS.glob("*.json")))
     lines = overview(found)
     for (script, name, flags), results in found.items():
@@ -260,8 +312,9 @@ def write_tables():
         lines += ["", f"Mean (lowest to highest) of {len(results)} seeds. Commit {', '.join(sorted(commits))}; "
                   f"{'; '.join(sorted({r['machine'] for r in results}))}; "
                   f"{spread([r['seconds'] for r in results], 0)} seconds per seed."]  # fmt: skip
-    text = before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + after
-    runs.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+    between(readme, BEGIN, END, "\n".join(lines))
+    write_figures(found, REPO / "data" / "figures")
+    write_first_table(found, REPO / "README.md")
     print(f"{readme}: {sum(map(len, found.values()))} results, {len(found)} tables")
 
 

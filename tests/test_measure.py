@@ -209,9 +209,40 @@ def test_tables_are_written_from_the_results_alone(there):
     assert Path("results/README.md").read_text() == "without the marks"
 
 
-def test_the_readme_has_the_marks():
+def test_the_readmes_have_the_marks():
     text = (REPO / "data" / "results" / "README.md").read_text(encoding="utf-8")
     assert text.count(measure.BEGIN) == text.count(measure.END) == 1
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert text.count(measure.FIRST_BEGIN) == text.count(measure.FIRST_END) == 1
+
+
+def test_thinned():
+    """By hand: five rows in blocks of two."""
+    rows = [{"step": i, "loss": i / 10} for i in range(5)]
+    blocks = [{"step": 0.5, "loss": 0.05}, {"step": 2.5, "loss": 0.25}, {"step": 4, "loss": 0.4}]
+    assert measure.thinned(rows, 3) == blocks
+    assert measure.thinned(rows, 5) == rows
+
+
+def test_the_readmes_table_and_figures_come_from_the_results(there):
+    """From seed 0 and from all seeds of the runs without flags of their own, and from nothing else."""
+    found = measure.groups(results().values())
+    readme = Path("README.md")
+    readme.write_text(f"above\n{measure.FIRST_BEGIN}\nold\n{measure.FIRST_END}\nbelow\n", encoding="utf-8")
+    before = readme.read_text()
+    measure.write_first_table(found, readme)  # the runs of this test have flags
+    measure.write_figures(found, Path("."))
+    assert readme.read_text() == before and not list(Path(".").glob("*.png"))
+    shutil.rmtree("runs")
+    (flipped,) = (some for (_, name, _), some in found.items() if name == "flip_labels")
+    plain = {("dpo", "flip_labels", ()): [r | {"seed": r["seed"] - 1} for r in flipped]}
+    measure.write_first_table(plain, readme)
+    measure.write_figures(plain, Path("."))
+    text = readme.read_text(encoding="utf-8")
+    first = plain["dpo", "flip_labels", ()][0]["reports"]
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert f"{first['clean']['loss']:12.3f}{first['broken']['loss']:26.3f}\n" in text
+    assert Path("dpo-flip_labels.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
