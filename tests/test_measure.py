@@ -229,7 +229,7 @@ NO_RESULTS = {
 @pytest.mark.parametrize("path", [*sorted(p for g in ("*.py", "data/*.py") for p in REPO.glob(g)), REPO / "README.md"],
                          ids=lambda path: path.name)  # fmt: skip
 def test_percentages_are_in_the_results(path):
-    """Every percentage in a docstring or in README stands in data/results/README.md, beside the command that prints it."""
+    """Every percentage in a docstring or in README stands in data/results/README.md, with the command behind it."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
