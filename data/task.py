@@ -296,8 +296,6 @@ def describe(answers):
         "accuracy_b": mean([a.correct for a in answers[1::2]]),
         "ended": mean([a.ended for a in answers]),
         "length": mean([len(a.ids) for a in answers]),
-        "length_correct": mean([len(a.ids) for a in answers if a.correct]),
-        "length_wrong": mean([len(a.ids) for a in answers if not a.correct]),
         "distinct": len({a.text for a in answers}) / len(answers),
     }
     return results | {name: mean([has(a.text) for a in answers]) for name, has in STYLES.items()}
