@@ -21,8 +21,6 @@ pytestmark = pytest.mark.slow
 # Flags that make a break shorter than documented, so that all of them fit into half an hour.
 FLAGS = {
     ("ppo", "reward_hacking"): "--max_steps 5",  # 100 of the 200 steps
-    ("ppo", "no_kl"): "--max_steps 75",
-    ("ppo", "sign_flip"): "--max_steps 75",
     ("grpo", "reward_hacking"): "--max_steps 6",  # 300 of the 500 steps
     ("reasoning", "no_cot"): "--n 16 --problems 100 --train_problems 400",
     ("reasoning", "overoptimize_verifier"): "--problems 100",
