@@ -1,8 +1,10 @@
 """The exact checker: which number does a solution end in, and is it the correct one?
 
 This checker compares the final number with the gold answer exactly. An answer that is not exactly one number counts
-as wrong. It does not read the working: "1+1=29. #### 29" is correct if the gold answer is 29. It is called for
-every sampled solution, hundreds of thousands of times, on unchecked model output.
+as wrong. Published models write a number in many ways (`\\boxed{18}`, `**18**`, `Answer: 18 dollars`). What a careful
+person would read is read, and nothing ambiguous is (see last_answer). The working is not read: "1+1=29. #### 29" is
+correct if the gold answer is 29. The checker is called for every sampled solution, hundreds of thousands of times, on
+unchecked model output.
 
 Try it:
     python -c "from data.checker import is_correct; print(is_correct('9 * 2 = 18\\n#### 18.0', '18'))"
@@ -24,11 +26,47 @@ NUMBER = re.compile(
 )
 
 
-def _number(text):
-    """The Fraction that `text` spells, or None: `"-$1,000.50"` is -2001/2."""
+# What a published model writes around its answer: bold, LaTeX, a Unicode minus, the currency, the unit. Replaced in
+# this order by what NUMBER reads.
+SPELLINGS = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"^\*+ *| *\*+(?=\.?$)", ""),  # **18**; but 2**3 is no 23
+        (r"^\\\((.*)\\\)(?=\.?$)|^\$([^$]+)\$(?=\.?$)", r"\1\2"),  # \(18\), $18$: a formula
+        (r"^\\boxed\{(.*)\}(?=\.?$)", r"\1"),
+        (r"\\text[a-z]*\{([^{}]*)\}", r"\1"),  # 18\text{ dollars}
+        (r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2"),  # \frac{1}{2}; but 3\frac{1}{2} is no 31/2
+        (r"\\([$%])", r"\1"),
+        (r"(?<=[0-9])(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3})", ","),  # 1{,}000, and 1 000 with a fixed space
+        (r"[\u2212\u2013]", "-"),  # the minus sign, and the dash that is often typed for it
+        (r"[\u20ac\u00a3]", "$"),  # euro, pound
+    )
+]
+
+# "18 dollars", "18 square feet", "18 dollars a day", "18$": up to three words, and none of those in NO_UNIT.
+WITH_UNIT = re.compile(r"(.*[0-9%])\.? ?(?:([A-Za-z]{2,20}(?: +(?:a|[A-Za-z]{2,20})){0,2})|\$)\.?")
+# Words that make another number of it ("18 thousand", "18 and a half", "18th") or leave it open ("18 or more").
+NO_UNIT = frozenset(
+    "or and to plus minus if not half halves st nd rd th third fourth fifth tenth hundredth hundred thousand million "
+    "billion trillion dozen one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty "
+    "sixty seventy eighty ninety".split()
+)
+
+
+def _number(text, unit=False):
+    """The Fraction that `text` spells, or None: `"-$1,000.50"` is -2001/2. unit: may a unit follow?"""
     # fullmatch, because "18 or 19" must not count as 18. With a checker that reads only the first number, a policy
     # learns to list several.
-    match = NUMBER.fullmatch(text.strip())
+    text = text.strip()
+    match = NUMBER.fullmatch(text)
+    if match is None and len(text) < 200:
+        for pattern, plain in SPELLINGS:
+            text = pattern.sub(plain, text)
+        match = NUMBER.fullmatch(text.strip())
+        found = WITH_UNIT.fullmatch(text.strip()) if unit and match is None else None
+        words = (found[2] or "").lower().split() if found else []
+        if found and not any({word, word.removesuffix("s")} & NO_UNIT for word in words):
+            match = NUMBER.fullmatch(found[1])
     if match is None:
         return None
     sign, whole, decimals, below = match.group("sign", "whole", "decimals", "below")
@@ -41,12 +79,18 @@ def _number(text):
     return -value if "-" in sign else value
 
 
+# What announces an answer in a last line. "The answer is correct" announces none, so "is" needs a digit behind it.
+LABEL = re.compile(r"^A:|\b(?i:answer(?: is)?)(?:\*\*)?\s{0,9}[:=]|\b(?i:answer is)(?=.{0,200}[0-9])")
+BOLD = re.compile(r"\*\*([^*]{1,100})\*\*")
+
+
 def last_answer(text):
     """The last answer that a solution gives.
 
     Args:
         text: a solution. It gives its answer as `#### 72` (GSM8K's mark). A text without any `####` may
-            end in the line `A: 72` instead (as in GSM8K's published model solutions).
+            hold `\\boxed{72}`, or end in a line with `A: 72` (as in GSM8K's published model solutions), `Answer: 72`,
+            `the answer is 72`, or one number in bold and no other number. There, a unit may follow.
 
     Returns:
         The answer as a Fraction, or None if there is none or it is not exactly one number.
@@ -56,15 +100,40 @@ def last_answer(text):
         Fraction(1072, 1)
         >>> last_answer("#### 72\\n#### I give up") is None
         True
+        >>> [last_answer(text) for text in ("So \\\\boxed{18}.", "She makes **$18** a day.", "**Answer:** 18 or 19")]
+        [Fraction(18, 1), Fraction(18, 1), None]
     """
     # The last mark counts, even if what follows it cannot be read. If an earlier one were used instead, a text
     # could give several answers and be rewarded for any that can be read.
     _, mark, after = text.rpartition("####")
     if mark:
-        # Only the rest of that line: a model that has not learned to stop continues below it.
+        # Only the rest of that line: a model that has not learned to stop continues below it. And only a number:
+        # whoever uses the mark was asked for one, or has been trained on nothing else.
         return _number(after.partition("\n")[0])
-    last_line = text.rstrip().rpartition("\n")[2]
-    return _number(last_line[2:]) if last_line.startswith("A:") else None
+    text = text.rstrip()
+    line = text.rpartition("\n")[2]
+    if len(line) > 5000:  # searched for every announcement, so it must be bounded
+        line = " " + line[-5000:]
+    start = len(text) - len(line)
+    marks = [(start + match.end(), line[match.end() :]) for match in LABEL.finditer(line)]
+    before, box, inside = text.rpartition("\\boxed{")
+    if box:
+        marks.append((len(before + box), _closed(inside[:200])))
+    bold = list(BOLD.finditer(line))
+    # "He fills **3** boxes with 18 eggs": which of the two is the answer? Not for us to say.
+    if len(bold) == 1 and re.search("[0-9]", bold[0][1]) and not re.search("[0-9]", BOLD.sub("", line)):
+        marks.append((start + bold[0].start(1), bold[0][1]))
+    return _number(max(marks)[1], unit=True) if marks else None
+
+
+def _closed(text):
+    """`text` up to the brace that closes one opened before it, or "": `"\\frac{1}{2}} and"` -> `"\\frac{1}{2}"`."""
+    depth = 1
+    for at, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[:at]
+    return ""
 
 
 def is_correct(text, answer):

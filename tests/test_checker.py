@@ -116,6 +116,76 @@ def test_the_other_form_needs_its_own_last_line_and_no_mark():
     assert last_answer("") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"So the answer is \boxed{18}.", 18),
+        (r"\boxed{17}? No: $\boxed{18}$. I hope this helps!", 18),
+        (r"$$\boxed{\$1{,}000}$$", 1000),
+        (r"\boxed{18\text{ dollars}}", 18),
+        (r"\boxed{-\dfrac{3}{4}}", Fraction(-3, 4)),
+        (r"\boxed{25\%}", 25),
+        ("**18**", 18),
+        ("She sells 9.\n\nSo she makes **$18.00** every day.\n", 18),
+        ("...\n**Answer: 18**", 18),
+        ("**Answer:** 18 apples", 18),
+        ("**Final answer**: $18$.", 18),
+        ("Answer: 18.", 18),
+        ("A: 18 dollars", 18),
+        ("The answer is 18 dollars per day.", 18),
+        ("The answer is \u221218", -18),
+        ("Answer: \u22121,234.50", Fraction(-2469, 2)),
+        ("Answer: 12\u202f000 square feet", 12000),
+        ("Answer: \u20ac18", 18),
+        ("Answer: 18$", 18),
+        ("Answer: 1/2 cup", Fraction(1, 2)),
+        ("#### **18**", 18),
+        ("#### \u22123", -3),
+        ("####  $\\boxed{18}$", 18),
+        ("\\boxed{17}\nAnswer: 18", 18),  # the last one counts, whichever form it has
+        ("Answer: 17\n\\boxed{18}", 18),
+        ("\\boxed{18}\nThe answer is correct.", 18),  # announces no answer
+        # Not exactly one number, or not clear which one.
+        ("Answer: 18 or 19", None),
+        (r"\boxed{18 \text{ or } 19}", None),
+        (r"\boxed{18, 19}", None),
+        ("Answer: 18 or more", None),
+        ("**18** or **19**", None),
+        ("He fills **3** boxes with 18 eggs.", None),
+        ("Answer: 18\u201319 eggs", None),
+        # A word that makes it another number.
+        ("Answer: 18 thousand", None),
+        ("Answer: 18 and a half", None),
+        ("Answer: 18 dollars fifty", None),
+        ("Answer: 3 Dozens", None),
+        ("Answer: the 18th", None),
+        ("Answer: 18th", None),
+        (r"\boxed{3\frac{1}{2}}", None),
+        # Removing the marks must not make a number of something else.
+        ("Answer: 2**3", None),
+        ("Answer: 18x", None),
+        ("Answer: 18 x", None),
+        ("Answer: $", None),
+        ("Answer: $$", None),
+        ("Answer: ****", None),
+        (r"\boxed{}", None),
+        (r"\boxed{18", None),
+        (r"\boxed{\frac{1}{0}}", None),
+        # The last one counts, even if it cannot be read.
+        ("\\boxed{18}\n\\boxed{unknown}", None),
+        ("\\boxed{18}\nAnswer: unknown", None),
+        ("Answer: 18\nAnd more words.", None),
+        ("**Step 1: 18 eggs**\nThat is all.", None),
+        ("#### 18 dollars", None),  # the mark asks for a number alone
+    ],
+)
+def test_answers_as_published_models_write_them(text, value):
+    assert last_answer(text) == value
+    assert not is_correct(text, 7)
+    if value is not None:
+        assert is_correct(text, value) and last_answer(f"\\boxed{{3}} **4** A: 5\n{text}") == value
+
+
 def test_gold_types():
     assert is_correct("#### 18.0", 18)
     assert is_correct("#### 3.5", Fraction(7, 2))
@@ -145,7 +215,8 @@ def test_random_numbers_in_every_spelling():
 def test_random_text_never_raises():
     rng = random.Random(1)
     for _ in range(20000):
-        text = "".join(rng.choices(["#", "##", "A:", "\n", *"0123456789,.-+$%/ "], k=rng.randrange(25)))
+        pieces = ["#", "##", "A:", "answer is", "\\boxed{", "}", "**", "\\frac{1}{", "eggs", "or", "\u2212", "\n"]
+        text = "".join(rng.choices([*pieces, *"0123456789,.-+$%/ "], k=rng.randrange(25)))
         assert isinstance(last_answer(text), (Fraction, type(None)))
 
 
@@ -153,6 +224,16 @@ def test_hostile_text_is_cheap():
     n = 10**6
     start = time.perf_counter()
     for text in ("#### " + "9" * n, "#" * n, "####" + "1," * n, "A:" + ",111" * n, "\n" * n):
+        assert last_answer(text) is None
+    for text in (
+        "\\boxed{" * n,
+        "\\boxed{" + "{}" * n,
+        "answer is " * n,
+        "answer:" * n,
+        "*" * n,
+        "**a" * n,
+        "**1**" * n,
+    ):
         assert last_answer(text) is None
     assert last_answer("#### 1" * n) == 1
     assert last_answer("#### " + " " * n + "1") == 1
