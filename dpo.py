@@ -4,6 +4,7 @@
     python dpo.py --break flip_labels                   ... from the same pairs, chosen and rejected swapped
     python dpo.py --loss ipo                            or cdpo, robust, kto, orpo, simpo
     python dpo.py --data ultrafeedback/train.jsonl      real preferences
+    python dpo.py --data judged.jsonl --loss kto        single answers, each with a label: good or bad
 
 The SFT model is a base model that was fine-tuned on demonstrations (sft.py). A copy of it, pi, is trained here; it
 is called the *policy*. Another copy, ref, stays frozen; it is the *reference model*. Reinforcement learning from
@@ -41,6 +42,8 @@ How to read the log:
   that are trained on. At step 0 it is rounding noise, because all margins are 0.
 - `held_out_accuracy`: the same on pairs that are not trained on, with true labels. At step 0 all margins are 0, which
   counts as wrong, so it is 0.000. Later, .5 is chance, and a value near 0 means that the labels are swapped.
+- With judgements of single answers (--loss kto), margin and accuracies compare a good answer with a bad one to another
+  prompt.
 - `grad_norm`: the gradient norm before it is clipped at 1. `logp_chosen`, `logp_rejected`: mean log-probabilities in
   nats (natural logarithm).
 - `accuracy_sampled`, `accuracy_greedy`: the fraction of correct answers to held-out problems, sampled at temperature 1
@@ -101,7 +104,10 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 def kto_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, kl, beta=0.1):
     """KTO (Ethayarajh et al. 2024, eq. 8): each answer is compared with a reference point instead of with the other
-    answer. kl: the reference point z0 >= 0, a scalar without gradient, an estimate of KL(policy || ref)."""
+    answer. kl: the reference point z0 >= 0, a scalar without gradient, an estimate of KL(policy || ref).
+
+    So nothing here needs pairs: "chosen" are the answers that were judged good, and "rejected" the bad ones, to the
+    same prompts or to others."""
     chosen = 1 - torch.sigmoid(beta * (policy_chosen_logps - ref_chosen_logps - kl))
     rejected = 1 - torch.sigmoid(beta * (kl - (policy_rejected_logps - ref_rejected_logps)))
     return torch.cat([chosen, rejected]).mean()
@@ -162,20 +168,22 @@ def preference_loss(args, beta, logps, ref_logps, lengths, kl):
 # Log-probabilities of pairs
 
 
-def pair_logps(model, prompts, chosen, rejected):
+def pair_logps(model, prompts, chosen, rejected, rejected_prompts=None):
     """Summed log-probabilities (2B,), all chosen, then all rejected, and their lengths in tokens (2B,).
 
-    One forward pass for both sides. The two answers of a pair share one row, so their prompt is computed once.
+    One forward pass for both sides. The two answers of a pair share one row, so their prompt is computed once. Only
+    judgements of single answers have rejected_prompts: there the two sides answer different prompts.
     """
     both = [side for pair in zip(chosen, rejected) for side in pair]
-    logps, mask = gpt.completion_logps(model, [p for p in prompts for _ in range(2)], both)
+    asked = [prompt for pair in zip(prompts, rejected_prompts or prompts) for prompt in pair]
+    logps, mask = gpt.completion_logps(model, asked, both)
     # (2B, N): chosen, rejected, chosen, ... -> (2B,): all chosen, then all rejected
     return tuple(x.sum(1).view(-1, 2).t().flatten() for x in (logps, mask))
 
 
 @torch.no_grad()
 def all_pair_logps(model, encoded, batch):
-    """(P, 2) log-probabilities of chosen and rejected of all P pairs (prompt ids, chosen ids, rejected ids)."""
+    """(P, 2) log-probabilities of chosen and rejected of all P pairs, encoded by lessons.encode_pairs."""
     rows = []
     for i in range(0, len(encoded), batch):
         logps, _ = pair_logps(model, *map(list, zip(*encoded[i : i + batch])))
@@ -217,7 +225,11 @@ def slip_once(text, rng):
 
 
 def swap(pair):
-    return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+    """The pair with the opposite label. Each answer keeps its prompt."""
+    swapped = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+    if "rejected_prompt" in pair:
+        swapped |= {"prompt": pair["rejected_prompt"], "rejected_prompt": pair["prompt"]}
+    return swapped
 
 
 def labelled(args, pairs):
@@ -232,9 +244,9 @@ def labelled(args, pairs):
         # Rejected answers made by a program: the chosen answer with one number changed. Every label is correct.
         slips = random.Random(f"slips {args.seed}")
         pairs = [p | {"rejected": slip_once(p["chosen"], slips)} for p in pairs]
-        pairs = [p for p in pairs if p["rejected"]]
+        pairs = [p for p in pairs if p["rejected"] and "rejected_prompt" not in p]
         if not pairs:
-            raise SystemExit("--break likelihood_displacement needs answers with a calculation, such as 2+3=5")
+            raise SystemExit("--break likelihood_displacement needs pairs with a calculation, such as 2+3=5")
     return pairs
 
 
@@ -260,7 +272,8 @@ def train(args):
     run = runs.Run(args)
     # ---- the preferences
     steps, batch = args.steps, args.batch or (8 if args.data else 32)
-    material = lessons.preferences(args, tok, policy.config.block_size, steps * batch, annotator=args.annotator)
+    material = lessons.preferences(args, tok, policy.config.block_size, steps * batch, annotator=args.annotator,
+                                   unpaired=args.loss == "kto")  # fmt: skip
     pairs = labelled(args, material.train)
     beta = args.beta or (REAL_BETA if args.data else BETA)[args.loss]
     if args.break_ in ("low_beta", "likelihood_displacement"):
@@ -291,8 +304,8 @@ def train(args):
             break
         gpt.set_lr(optimizer, lr, step, steps)
         rows = runs.batch_indices(len(encoded), batch, step, args.seed)
-        prompts, chosen, rejected = map(list, zip(*(encoded[i] for i in rows)))
-        logps, lengths = pair_logps(policy, prompts, chosen, rejected)  # (2B,)
+        prompts, chosen, *others = map(list, zip(*(encoded[i] for i in rows)))
+        logps, lengths = pair_logps(policy, prompts, chosen, *others)  # (2B,)
         ref_rows = ref_logps[rows].t().flatten()  # (B, 2) -> (2B,): all chosen, then all rejected
         if args.break_ == "shared_ref":
             # ref = policy: two names for one model, where a copy was meant. So both sides are always equal.
@@ -333,7 +346,8 @@ def parser():
     p = argparse.ArgumentParser(prog="dpo.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
-    add("--data", help="real pairs: hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
+    add("--data", help="real pairs: hh-rlhf, ultrafeedback, ultrafeedback-scores, or a .jsonl, .jsonl.gz,\n"
+        ".json or .parquet file. With --loss kto also judgements of single answers")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--annotator", default="careful", choices=list(task.TASTES), help="who labels the built-in pairs. DPO\n"
         "learns the taste of human ones too, and then the greedy accuracy falls again")

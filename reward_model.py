@@ -293,7 +293,8 @@ def parser():
     p = argparse.ArgumentParser(prog="reward_model.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="model to start from: a folder or gpt2, ... (default: what sft.py makes)")
-    add("--data", help="real pairs: hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
+    add("--data", help="real pairs: hh-rlhf, ultrafeedback, ultrafeedback-scores, or a .jsonl, .jsonl.gz,\n"
+        ".json or .parquet file")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--annotator", default="human", choices=list(task.TASTES), help="who labels the embedded pairs")
     add("--policy", help="up to half of the pairs from samples of this checkpoint, labelled by the exact checker")

@@ -163,7 +163,9 @@ def train(args):
     texts = [row["chosen"] for row in material.train]
     if args.answer_only:  # leave the working out: see reasoning.py --break no_cot
         texts = [text[text.rindex("####") :] for text in texts]
-    examples = [(tok.prompt(row["prompt"]), tok.answer(text)) for row, text in zip(material.train, texts)]
+    # A text without a prompt is learned from its first token on, as in pretraining.
+    prompts = [tok.start if row["prompt"] is None else tok.prompt(row["prompt"]) for row in material.train]
+    examples = [(prompt, tok.answer(text)) for prompt, text in zip(prompts, texts)]
     # With GPT-2's vocabulary the logits of one token take 200 kB: few rows at a time.
     micro_batch = args.micro_batch or (4 if args.data else args.batch)
     pad = tok.pad
@@ -221,7 +223,8 @@ def parser():
     add = p.add_argument
     add("--load", help="model to start from: a folder, gpt2, gpt2-medium, ..., or scratch: random\n"
         "weights on GPT-2's tokens (default: runs/base; with --data scratch)")
-    add("--data", help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .parquet file")
+    add("--data", help="real data: gsm8k, hh-rlhf, ultrafeedback, or a .jsonl, .jsonl.gz, .json or .parquet\n"
+        "file")
     add("--demos", type=int, default=6400, help="demonstrations of the embedded task")
     add("--answer_only", action="store_true", help="leave the working out: learn the final answers alone")
     add("--epochs", type=int, default=1, help="passes over the demonstrations (see too_many_epochs)")

@@ -2,17 +2,20 @@
 
     python -m data                  ten problems of the embedded task, with a correct and a wrong solution to each
     python -m data pairs            ten of its preference pairs
-    python -m data FILE             ten pairs of a preference dataset, or ten demonstrations if it has no pairs
-    python -m data gsm8k            the same of a public dataset (or hh-rlhf, ultrafeedback)
+    python -m data FILE             ten pairs of a file, or ten of its demonstrations, judged answers or prompts
+    python -m data gsm8k            the same of a public dataset (or hh-rlhf, ultrafeedback, ultrafeedback-scores)
     python -m data breaks           the catalogue of failures
 
-Add --seed 1 for ten others.
+Add --seed 1 for ten others. A file is .jsonl, .jsonl.gz, .json or .parquet, in one of the usual layouts: TRL's (text,
+messages, prompt, prompt + completion, prompt + chosen + rejected, prompt + completion + label), Alpaca's (instruction +
+input + output) or ShareGPT's (conversations). A file with other columns is refused, with a list of those that would do.
 """
 
 import argparse
 import os
 import random
 import sys
+from functools import partial
 
 from data import breaks, public, task
 from data.checker import is_correct
@@ -66,6 +69,12 @@ def show_task(seed):
     print(f'A slip on a problem with "triple" or "half" gives the answer of a misconception in {misread:.1%}.')
 
 
+def prompts_alone(rows, encode, max_tokens):
+    """public.clean_pairs for rows without answers."""
+    kept = [row for row in rows if row["prompt"].strip()]
+    return kept, {"kept": len(kept), "empty": len(rows) - len(kept)}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__.split("\n")[0])
     parser.add_argument("source", nargs="?", help="pairs, breaks, a file, or a dataset's name")
@@ -81,15 +90,24 @@ def main():
     else:
         rows = public.load_or_exit(args.source)
         clean, unit = public.clean_pairs, "pairs"
-        if any(row["chosen"] for row in rows) and all(row["rejected"] is None for row in rows):
-            clean, unit, fields, name = public.clean_demonstrations, "rows", ("prompt", "chosen"), "row"
+        if public.is_judged(rows):
+            clean, unit, name = partial(public.clean_demonstrations, judged=True), "answers", "answer"
+        elif all(row["rejected"] is None for row in rows):
+            if any(row["chosen"] for row in rows):
+                clean, unit, fields, name = public.clean_demonstrations, "rows", ("prompt", "chosen"), "row"
+            elif any(row["prompt"] for row in rows):
+                clean, unit, fields, name = prompts_alone, "prompts", ("prompt",), "prompt"
         rows, counts = clean(rows, str.split, 10**9)
         public.say_counts(args.source, counts, unit=unit)
         shown = random.Random(args.seed).sample(rows, min(10, len(rows)))
     for number, row in enumerate(shown, 1):
-        print(f"\n==== {name} {number}" + (f", answer {row['answer']}" if row["answer"] else ""))
+        about = f", answer {row['answer']}" if row["answer"] else ""
+        if name == "answer":
+            about = ", judged bad" if row["chosen"] is None else ", judged good"
+        print(f"\n==== {name} {number}{about}")
         for field in fields:
-            print(f"  {field}:\n{indented(row[field])}")
+            if row[field] is not None:
+                print(f"  {field}:\n{indented(row[field])}")
 
 
 if __name__ == "__main__":

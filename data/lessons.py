@@ -58,20 +58,43 @@ def pair_room(tok, context):
     return context - max(0, template - public.TEMPLATE_TOKENS)
 
 
+def clean(rows, tok, room):
+    """The pairs or judgements among the rows that fit `room` tokens, and the counts of the others."""
+    if public.is_judged(rows):
+        return public.clean_demonstrations(rows, tok.encode, room - public.TEMPLATE_TOKENS, judged=True)
+    return public.clean_pairs(rows, tok.encode, room)
+
+
+def good_and_bad(judged):
+    """Judgements of single answers, by their label."""
+    return [row for row in judged if row["chosen"] is not None], [row for row in judged if row["chosen"] is None]
+
+
+def split(rows, seed):
+    """public.split_pairs. Of judgements, the good and the bad ones are split apart, so that both sides have both."""
+    kinds = good_and_bad(rows) if public.is_judged(rows) else [rows]
+    prompts = {row["prompt"] for kind in kinds for row in public.split_pairs(kind, seed=seed)[1]}
+    if any(all(row["prompt"] in prompts for row in kind) for kind in kinds):
+        raise ValueError("no prompt of one kind is left to train on")
+    return [row for row in rows if row["prompt"] not in prompts], [row for row in rows if row["prompt"] in prompts]
+
+
 def held_out_prompts(args, tok, context, rows):
     """The prompts of pairs that dpo.py and reward_model.py hold out with this seed and a context of that size."""
-    pairs = [row for row in rows if row["rejected"] is not None]
-    clean = public.clean_pairs(pairs, tok.encode, pair_room(tok, context))[0]
-    used = {row["prompt"] for row in clean}
-    if len(used) < 2:  # they refuse such a file
-        return set()
+    judged = public.is_judged(rows)
+    pairs = [row for row in rows if row["rejected"] is not None or (judged and row["chosen"] is not None)]
+    kept = clean(pairs, tok, pair_room(tok, context))[0]
 
     def held_out(some):
-        return {row["prompt"] for row in public.split_pairs(some, seed=args.seed)[1]}
+        try:
+            return {row["prompt"] for row in split(some, args.seed)[1]}
+        except ValueError:  # too few prompts: they refuse such a file
+            return set()
 
-    # held_out(clean) is the split in `preferences`. The pairs that are left out there are split too: a run with another
+    # held_out(kept) is the split in `preferences`. The pairs that are left out there are split too: a run with another
     # tokenizer or a larger context may use them.
-    return held_out(clean) | (held_out(pairs) - used)
+    used = held_out(kept)
+    return used and used | (held_out(pairs) - {row["prompt"] for row in kept})
 
 
 def demonstrations(args, tok, room, n):
@@ -101,8 +124,27 @@ def demonstrations(args, tok, room, n):
     return lessons
 
 
-def preferences(args, tok, context, n=None, held_out=200, annotator="human"):
+def matched(rows, seed):
+    """Judgements -> pairs of a good answer and a bad one, each to its own prompt ("rejected_prompt").
+
+    --loss kto compares no answer with another one, so it does not matter which two are put together. There are as
+    many pairs as answers of the commoner kind, and answers of the rarer kind are in several pairs. So both kinds have
+    the same weight, however rare one of them is. (Ethayarajh et al. 2024 weight the losses instead.)
+    """
+    good, bad = good_and_bad(rows)
+    for kind in (good, bad):
+        random.Random(seed).shuffle(kind)
+    return [
+        good[i % len(good)]
+        | {"rejected_prompt": bad[i % len(bad)]["prompt"], "rejected": bad[i % len(bad)]["rejected"]}
+        for i in range(max(len(good), len(bad)))
+    ]
+
+
+def preferences(args, tok, context, n=None, held_out=200, annotator="human", unpaired=False):
     """Preference pairs: n of the embedded task, or at most n of a source (None: all).
+
+    unpaired: a source may also hold judgements of single answers, see `matched`.
 
     The held-out pairs keep the labels of the source; the breaks of dpo.py change only the training pairs. Where a
     source has gold answers (GSM8K), its problems are checked; elsewhere four held-out prompts are answered so that
@@ -115,14 +157,24 @@ def preferences(args, tok, context, n=None, held_out=200, annotator="human"):
             task.problems(args.problems or 500, args.seed, "test"),
         )
     room = min(args.max_tokens, pair_room(tok, context))
-    pairs, counts = public.clean_pairs(public.load_or_exit(args.data), tok.encode, room)
-    public.say_counts(args.data, counts, room)
-    if len({p["prompt"] for p in pairs}) < 2:
+    rows = public.load_or_exit(args.data)
+    judged = public.is_judged(rows)
+    if judged and not unpaired:
         raise SystemExit(
-            f"{len(pairs)} pairs, with fewer than two different prompts, are left of {args.data}: none can be "
-            "held out (see --max_tokens)"
+            f"{args.data} holds judgements of single answers, not pairs: only dpo.py --loss kto takes them"
         )
-    train, held_out = public.split_pairs(pairs, seed=args.seed)
+    pairs, counts = clean(rows, tok, room)
+    public.say_counts(args.data, counts, room, "answers" if judged else "pairs")
+    try:
+        train, held_out = split(pairs, args.seed)
+    except ValueError:
+        raise SystemExit(
+            f"{len(pairs)} {'answers' if judged else 'pairs'}, with fewer than two different prompts"
+            f"{' of good or of bad ones' if judged else ''}, are left of {args.data}: none can be held out "
+            "(see --max_tokens)"
+        ) from None
+    if judged:
+        train, held_out = matched(train, args.seed), matched(held_out, args.seed)
     if n is not None:  # a random part of the file
         random.Random(args.seed).shuffle(train)
         train = train[:n]
@@ -136,5 +188,9 @@ def preferences(args, tok, context, n=None, held_out=200, annotator="human"):
 
 
 def encode_pairs(tok, pairs):
-    """[(prompt ids, chosen ids, rejected ids)]"""
-    return [(tok.prompt(p["prompt"]), tok.answer(p["chosen"]), tok.answer(p["rejected"])) for p in pairs]
+    """[(prompt ids, chosen ids, rejected ids)]. For judgements, also the ids of the rejected answer's prompt."""
+    return [
+        (tok.prompt(p["prompt"]), tok.answer(p["chosen"]), tok.answer(p["rejected"]))
+        + ((tok.prompt(p["rejected_prompt"]),) if "rejected_prompt" in p else ())
+        for p in pairs
+    ]

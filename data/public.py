@@ -5,10 +5,18 @@
     rejected  the worse answer                                                 str or None
     answer    the gold number of a math problem                                str or None
 
-Published data comes in four layouts (SHAPES below); in two of them a text can also be a list of messages. Each
-layout is read by one short function. The rest of the file is what every script with real data needs: clean_pairs and
-clean_demonstrations drop and count the rows that cannot be trained on, and split_pairs holds out some prompts. The
-scripts use it through data/lessons.py.
+Data comes in a dozen layouts: those of TRL's documentation, of the Alpaca and ShareGPT files, and of GSM8K, HH-RLHF and
+UltraFeedback as they were published (SHAPES below). Nearly everywhere a text can also be a list of messages. Each
+layout is read by one short function. A row need not have all fields:
+
+    a pair                      chosen and rejected
+    a demonstration             chosen only
+    a judgement of one answer   chosen only if the label is true, rejected only if it is false
+    a prompt                    neither
+    a text without a prompt     chosen, and prompt is None
+
+The rest of the file is what every script with real data needs: clean_pairs and clean_demonstrations drop and count the
+rows that cannot be trained on, and split_pairs holds out some prompts. The scripts use it through data/lessons.py.
 
 Try it:
     python -c "from data.public import load_rows; print(load_rows('my_pairs.jsonl')[0])"
@@ -20,6 +28,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import re
 import zlib
 from collections import Counter
@@ -37,8 +46,10 @@ HUB = {
         # This publication also has train_sft and train_gen: other splits of the same prompts.
         {"train": "train_prefs", "test": "test_prefs"},
     ),
+    # The same prompts with all four answers and their scores.
+    "ultrafeedback-scores": ("openbmb/UltraFeedback", None, {"train": "train"}),
 }
-FILES = (".jsonl", ".jsonl.gz", ".parquet")
+FILES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 # The line that opens an answer, and the one that opens a question, in HH-RLHF's dialogues.
 ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
@@ -73,27 +84,43 @@ def _text(row, field):
     return row[field]
 
 
-def _turns(row, field):
-    """row[field] as a list of (role, content).
+def _turns(row, field, calls=False):
+    """row[field] as a list of (role, content). A message is {role, content} or, in ShareGPT's files, {from, value}.
 
     Raises ValueError if it is not a list of messages. Raises NoPair if a content is null, as in a message that only
-    calls a tool: such a dialogue is valid, but it cannot be written as text.
+    calls a tool: such a dialogue is valid, but it cannot be written as text. With calls=True, the calls are the text:
+    "add({"a": 1, "b": 2})".
     """
     turns = row[field]
+    if isinstance(turns, dict):  # ShareGPT's chosen and rejected: a message without a list around it
+        turns = [turns]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else type(turns).__name__
         raise ValueError(f"field {field!r} is {found}, not a list of messages")
-    null = False
+    found = []
     for turn in turns:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        turn = turn if isinstance(turn, dict) else {}
+        names = ("from", "value") if "from" in turn else ("role", "content")
+        role, content = map(turn.get, names)
         # Some publications leave the content out beside tool calls.
-        is_null = content is None and isinstance(turn, dict) and ("content" in turn or "tool_calls" in turn)
+        is_null = content is None and (names[1] in turn or "tool_calls" in turn)
         if not isinstance(role, str) or not (isinstance(content, str) or is_null):
             raise ValueError(f"a message in {field!r} is not {{'role': str, 'content': str}}")
-        null = null or is_null
-    if null:
+        if is_null and calls:
+            content = _calls(turn.get("tool_calls"))
+        found.append(({"human": "user", "gpt": "assistant"}.get(role, role), content))
+    if any(content is None for _, content in found):
         raise NoPair(f"a message in {field!r} has no content")
-    return [(turn["role"], turn["content"]) for turn in turns]
+    return found
+
+
+def _calls(calls):
+    """Tool calls in OpenAI's form as text, one a line, or None if they have another form."""
+    try:
+        functions = [call["function"] for call in calls]
+        return "\n".join(f"{f['name']}({f['arguments']})" for f in functions) or None
+    except (TypeError, KeyError):
+        return None
 
 
 def _render(turns):
@@ -109,13 +136,33 @@ def _render(turns):
     return "\n\n".join(f"{speakers.get(role, role.capitalize())}: {text}" for role, text in turns)
 
 
+def _asked(row):
+    """row["prompt"], a string or a list of messages, as a list of (role, content), with what layouts put beside it."""
+    if isinstance(row["prompt"], list):
+        turns = _turns(row, "prompt")
+    else:
+        turns = [("user", _text(row, "prompt"))]
+        if row["prompt"] == row.get("instruction"):  # Alpaca's: the instruction, then what it is about
+            about = next((name for name in ("input", "context") if row.get(name)), None)
+            turns = [("user", f"{row['prompt']}\n\n{_text(row, about)}")] if about else turns
+            for earlier in reversed(row.get("history") or []):  # LLaMA-Factory's: [question, answer] of earlier turns
+                if not (isinstance(earlier, list) and [type(text) for text in earlier] == [str, str]):
+                    raise ValueError("field 'history' is not a list of [question, answer]")
+                turns = [("user", earlier[0]), ("assistant", earlier[1]), *turns]
+    return _with_system(row, turns)
+
+
+def _with_system(row, turns):
+    """The turns, after the system message that some layouts have in a column of its own."""
+    system = row.get("system") or row.get("system_prompt")
+    return [("system", system), *turns] if isinstance(system, str) and system.strip() else turns
+
+
 def _pair(row):
     """{prompt, chosen, rejected}, each a plain string or a list of messages."""
     if not isinstance(row["chosen"], str):
         return _messages(row)
-    is_list = isinstance(row["prompt"], list)
-    prompt = _render(_turns(row, "prompt")) if is_list else _text(row, "prompt")
-    return _row(prompt, _text(row, "chosen"), _text(row, "rejected"))
+    return _row(_render(_asked(row)), _text(row, "chosen"), _text(row, "rejected"))
 
 
 def _messages(row):
@@ -131,23 +178,21 @@ def _messages(row):
     if before["chosen"]:
         prompt = _render(before["chosen"])
     # Some publications have the prompt in a field of its own and in neither list.
-    elif isinstance(row.get("prompt"), list):
-        prompt = _render(_turns(row, "prompt"))
     elif "prompt" in row:
-        prompt = _text(row, "prompt")
+        prompt = _render(_asked(row))
     else:
         raise ValueError("the message lists hold an answer only, and there is no field 'prompt'")
     return _row(prompt, last["chosen"], last["rejected"])
 
 
 def _dialogues(row):
-    """{chosen, rejected} without a prompt: HH-RLHF's whole dialogues, or message lists."""
+    """{chosen, rejected} without a prompt: message lists, HH-RLHF's whole dialogues, or texts that begin alike."""
     if not isinstance(row["chosen"], str):
         return _messages(row)
     # Files that passed through Windows have \r\n inside the texts. The marks below are written with \n.
     chosen, rejected = (_text(row, field).replace("\r\n", "\n") for field in ("chosen", "rejected"))
     if ASSISTANT not in chosen and ASSISTANT not in rejected:
-        raise ValueError("there is no field 'prompt', and no '\\n\\nAssistant:' to cut one off at")
+        return _continuations(chosen, rejected)
     # Not the common prefix itself: if both answers begin "I'm sorry", the prefix contains that. The answers begin
     # at the last mark inside the prefix.
     at = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)
@@ -161,12 +206,100 @@ def _dialogues(row):
     return _row(prompt, *(text.strip() for text in answers))
 
 
+def _continuations(chosen, rejected):
+    """Two texts that begin with the same prompt (TRL's "implicit prompt").
+
+    Where the prompt ends is written nowhere. It is taken to end with the last sentence or line that both texts share,
+    or, if they share none, with the last word: "2 + 2? It is 4." and "2 + 2? It might be 5." have the prompt "2 + 2?",
+    although "It" is common too.
+    """
+    common = os.path.commonprefix([chosen, rejected])
+    ends = list(re.finditer(r"[.?!:]\s+|\n", common)) or list(re.finditer(r"\S\s+", common))
+    if not ends:
+        raise ValueError(
+            "there is no field 'prompt', no '\\n\\nAssistant:' to cut one off at, and chosen and rejected do not begin "
+            "with the same words"
+        )
+    at = ends[-1].end()
+    return _row(chosen[:at].strip(), chosen[at:].strip(), rejected[at:].strip())
+
+
+def _scored(row):
+    """UltraFeedback as OpenBMB published it: {instruction, completions: [{response, overall_score}]}, scored by GPT-4.
+
+    The best answer against one of those with a lower score, drawn with the prompt as the seed: the worst one would
+    always be easy to tell. If no answer has a lower score, the row is a tie and is dropped, because there is nothing
+    to prefer.
+    """
+    completions = row["completions"]
+    if not isinstance(completions, list) or not all(isinstance(c, dict) and "response" in c for c in completions):
+        raise ValueError("field 'completions' is not a list of {'response': str, 'overall_score': number}")
+    scored = [(c["overall_score"], _text(c, "response")) for c in completions if c.get("overall_score") is not None]
+    if not all(isinstance(score, (int, float)) for score, _ in scored):
+        raise ValueError("an 'overall_score' is not a number")
+    prompt = _text(row, "instruction")
+    if len(scored) < 2:
+        return _row(prompt)
+    best, chosen = max(scored, key=lambda pair: pair[0])  # the first of several best ones
+    lower = [response for score, response in scored if score < best]
+    if not lower:
+        return _row(prompt, chosen) | {"tied": True}
+    return _row(prompt, chosen, random.Random(prompt).choice(lower))
+
+
+def _completion(row):
+    """{prompt, completion}, or Alpaca's {instruction, input, output}: a demonstration."""
+    turns = _asked(row)
+    if isinstance(row["completion"], list):
+        *more, (_, answer) = _turns(row, "completion")
+        turns += more
+    else:
+        # TRL's completions begin with the blank that separates them from the prompt; the chat template has its own.
+        answer = _text(row, "completion").strip()
+    return _row(_render(turns), answer)
+
+
+def _chat(row):
+    """{messages}, or ShareGPT's {conversations}: the assistant's last answer, to everything that was said before it."""
+    turns = _with_system(row, _turns(row, "messages", calls=True))
+    at = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
+    return _row(_render(turns)) if at is None else _row(_render(turns[:at]), turns[at][1])
+
+
+def _judged(row):
+    """A demonstration with a label: true, this is how to answer, or false. No other answer to compare it with."""
+    if row["label"] not in (True, False):
+        raise ValueError(f"the label is {str(row['label'])[:60]!r}, not true or false")
+    one = _completion(row) if "completion" in row else _chat(row)
+    return one if row["label"] else _row(one["prompt"], rejected=one["chosen"])
+
+
+def _plain_text(row):
+    """{text}: text to be continued. It is no answer, so there is no prompt, which is not the same as a blank one."""
+    return _row(None, _text(row, "text"))
+
+
+def _prompt_alone(row):
+    return _row(_render(_asked(row)))
+
+
 def _problem(row):
-    """GSM8K {question, answer}: a worked solution that ends in `#### 72`."""
-    solution = _text(row, "answer")
-    gold = solution.rpartition("####")[2].strip()
-    is_correct(solution, gold)  # raises if the gold answer is not a number: no answer to such a row could be correct
-    return _row(_text(row, "question"), chosen=solution, answer=gold)
+    """{question, answer}: a problem, and a solution that ends in its gold number.
+
+    GSM8K's mark is `#### 72`. Without it, the gold answer is what the checker reads (`\\boxed{72}`), or the number that
+    is the whole answer. An answer in words has no gold number; it is a demonstration.
+    """
+    solution = row["answer"]
+    solution = str(solution) if type(solution) in (int, float) else _text(row, "answer")
+    if "####" in solution:
+        gold = solution.rpartition("####")[2].strip()
+        is_correct(
+            solution, gold
+        )  # raises if the gold answer is not a number: no answer to such a row could be correct
+    else:
+        numbers = (last_answer(text) for text in (solution, f"A: {solution}"))
+        gold = next((str(number) for number in numbers if number is not None), None)
+    return _row(_render(_asked(row)), chosen=solution, answer=gold)
 
 
 def _solutions(row):
@@ -193,20 +326,45 @@ def _solutions(row):
 
 
 # The columns that a layout needs, and the function that reads it. The first line that fits is used. So the pairs with
-# a prompt come before those without: a row with a prompt is never read as a dialogue without one.
+# a prompt come before those without: a row with a prompt is never read as a dialogue without one. For the same reason
+# the layouts with an answer come before the prompts alone.
 SHAPES = (
     (("question", "ground_truth"), _solutions),
-    (("question", "answer"), _problem),
+    (("instruction", "completions"), _scored),
     (("prompt", "chosen", "rejected"), _pair),
     (("chosen", "rejected"), _dialogues),
+    (("prompt", "completion", "label"), _judged),
+    (("messages", "label"), _judged),
+    (("prompt", "completion"), _completion),
+    (("prompt", "answer"), _problem),
+    (("messages",), _chat),
+    (("text",), _plain_text),
+    (("prompt",), _prompt_alone),
 )
+# Other names of these columns.
+ALSO = {
+    "prompt": ("question", "instruction", "problem", "conversations"),
+    "completion": ("output", "response"),
+    "answer": ("solution", "ground_truth"),
+    "messages": ("conversations",),
+    "label": ("kto_tag",),
+}
+
+
+def _find_shape(record):
+    """({column of the layout: its name in this record}, the function that reads it), or (None, None)."""
+    for columns, to_row in SHAPES:
+        names = {c: next((n for n in (c, *ALSO.get(c, ())) if n in record), None) for c in columns}
+        if None not in names.values():
+            return names, to_row
+    return None, None
 
 
 # --- reading ---------------------------------------------------------------------------------
 
 
 def lines(path):
-    """Yield (line number, row) from a .jsonl or .jsonl.gz.
+    """Yield (place, row) from a .jsonl or .jsonl.gz: ("line 1", {...}), or from a JSON array: ("row 1", {...}).
 
     Line by line, not through a library, so that an error can name the line.
     """
@@ -224,25 +382,35 @@ def lines(path):
                         raise ValueError(f"{path} is {encoding[:6].upper()}; save it as UTF-8")
                 if not line.strip():
                     continue
-                try:
-                    text = line.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    byte = f"byte {line[error.start]:#04x} at position {error.start}"
-                    raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({byte}); save it as UTF-8") from None
-                if first and text.lstrip().startswith("["):
-                    raise ValueError(f"{path}, line {number}: this is a JSON array; write one object per line")
+                if first and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                    # An array: one JSON text over all lines, which can only be read as a whole.
+                    array = _parsed(path, number, line + file.read())
+                    yield from ((f"row {i}", record) for i, record in enumerate(array, 1))
+                    return
                 first = False
-                try:
-                    record = json.loads(text)
-                    if "\\ud" in text.lower():  # only such an escape can hold half a character
-                        record = _whole_characters(record)
-                # JSONDecodeError is a ValueError. A line of a hundred thousand "[" raises RecursionError.
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-                yield number, record
+                yield f"line {number}", _parsed(path, number, line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         message = f"{path}: damaged gzip file ({error}); download it again"
         raise ValueError(message) from None
+
+
+def _parsed(path, number, content):
+    """The JSON in these bytes, which begin in that line of the file."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number += content.count(b"\n", 0, error.start)
+        position = error.start - (content.rfind(b"\n", 0, error.start) + 1)
+        byte = f"byte {content[error.start]:#04x} at position {position}"
+        raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({byte}); save it as UTF-8") from None
+    try:
+        record = json.loads(text)
+        # Only such an escape can hold half a character.
+        return _whole_characters(record) if "\\ud" in text.lower() else record
+    # JSONDecodeError is a ValueError. A line of a hundred thousand "[" raises RecursionError.
+    except (ValueError, RecursionError) as error:
+        number += getattr(error, "lineno", 1) - 1
+        raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
 
 
 def _whole_characters(record):
@@ -255,21 +423,22 @@ def _whole_characters(record):
 
 
 def _parquet(path):
-    """Yield (row number, row) from a .parquet file."""
+    """Yield (place, row) from a .parquet file."""
     import datasets  # here, not above: it takes a second, and a .jsonl does not need it
 
     try:
         # Streamed: otherwise the library first copies the whole file into a cache in the home folder. Escaped: the
         # library reads "[1]" in a file name as a pattern.
         name = glob.escape(str(path))
-        yield from enumerate(datasets.load_dataset("parquet", data_files=name, split="train", streaming=True), 1)
+        rows = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     # Broad, here and below: the libraries raise different kinds of error in different versions.
     except Exception as error:  # noqa: BLE001
         raise ValueError(f"{path}: cannot be read as parquet ({_one_line(error)})") from None
 
 
 def _hub(source, split):
-    """Yield (row number, row) from the hub, or from the cache of an earlier download."""
+    """Yield (place, row) from the hub, or from the cache of an earlier download."""
     name, config, splits = HUB[source]
     if split not in splits:
         raise ValueError(f"{source} has no split {split!r}; take one of {', '.join(splits)}")
@@ -296,7 +465,7 @@ def _hub(source, split):
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-    yield from enumerate(rows, 1)
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _one_line(error):
@@ -308,15 +477,19 @@ def load_rows(source, split="train"):
     """Read a public dataset, or a file with the layout of one, into rows of the same four fields.
 
     Args:
-        source: `gsm8k`, `hh-rlhf` or `ultrafeedback` (fetched from the hub), or the path of a
-            .jsonl, .jsonl.gz or .parquet file. The columns decide how a file is read (see SHAPES).
+        source: `gsm8k`, `hh-rlhf`, `ultrafeedback` or `ultrafeedback-scores` (fetched from the hub), or
+            the path of a .jsonl, .jsonl.gz, .json or .parquet file. The columns decide how a file is
+            read (see SHAPES).
         split: "train" or "test", for the hub's names. A file is one split, and this is ignored.
 
     Returns:
         A list of {"prompt": str, "chosen": str or None, "rejected": str or None,
-        "answer": str or None}, one for each row of the source and in its order. A row that does
-        not hold two answers to one prompt keeps its place, with rejected None (and chosen None too,
-        except for GSM8K's worked solutions). So does a row of messages with `"content": null`.
+        "answer": str or None}, one for each row of the source and in its order. Which of them a
+        row has depends on the layout (see the top of this file); the prompt is None for a text
+        without one. Of a dialogue of several turns, the last answer is the answer, and the turns
+        before it are the prompt. A row that does not hold two answers to one prompt although its
+        layout is that of pairs keeps its place, with rejected None (and chosen None too, except for
+        ties, which also have "tied": True). So does a row of messages with `"content": null`.
         Half a character (a lone surrogate such as "\\ud83d") is read as U+FFFD.
 
     Raises:
@@ -333,40 +506,43 @@ def load_rows(source, split="train"):
     ways = f"give {', '.join(HUB)}, or the path of a {', '.join(FILES)} file"
     path = Path(source).expanduser()
     if source in HUB:
-        records, unit = _hub(source, split), "row"
+        records = _hub(source, split)
     elif not source.endswith(FILES):
         raise ValueError(f"{source!r} is neither a known dataset nor a known file type; {ways}")
     elif not path.is_file():
         raise FileNotFoundError(f"{source}: there is no such file; {ways}")
     elif source.endswith(".parquet"):
-        records, unit = _parquet(path), "row"
+        records = _parquet(path)
     else:
-        records, unit = lines(path), "line"
+        records = lines(path)
 
-    rows, needed, to_row = [], None, None
-    for number, record in records:
-        where = f"{source}, {unit} {number}"
+    rows, names, to_row = [], None, None
+    for place, record in records:
+        where = f"{source}, {place}"
         kind = type(record).__name__
         if kind != "dict":
             raise ValueError(f"{where}: {kind}, not an object with named fields")
-        if needed is None:
+        if names is None:
             # The first row decides the layout of all. If each row decided, a row without its prompt would silently
             # be read with another layout.
-            fits = (shape for shape in SHAPES if set(shape[0]) <= set(record))
-            needed, to_row = next(fits, (None, None))
-        if needed is None:
+            names, to_row = _find_shape(record)
+        if names is None:
             shapes = "; ".join(" + ".join(columns) for columns, _ in SHAPES)
+            also = "; ".join(f"{', '.join(others)} for {column}" for column, others in ALSO.items())
             found = ", ".join(record) or "none"
-            raise ValueError(f"{where}: unknown columns ({found}); understood are: {shapes}")
-        missing = [field for field in needed if field not in record]
+            raise ValueError(f"{where}: unknown columns ({found}); understood are: {shapes} (or {also})")
+        missing = [name for name in names.values() if name not in record]
         if missing:
             raise ValueError(f"{where}: field {missing[0]!r} is missing")
         try:
-            rows.append(to_row(record))
+            rows.append(to_row(record | {column: record[name] for column, name in names.items()}))
         except NoPair:
             rows.append(_row(""))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            message = str(error)
+            for column, name in names.items():  # as the file calls it
+                message = message.replace(repr(column), repr(name))
+            raise ValueError(f"{where}: {message}") from None
     if not rows:
         raise ValueError(f"{source} holds no rows; is the download complete?")
     return rows
@@ -390,12 +566,12 @@ def model_solutions(path):
     if not file.name.endswith((".jsonl", ".jsonl.gz")):
         raise SystemExit(f"{path}: published solutions are a local .jsonl or .jsonl.gz file")
     load_or_exit(str(file))  # says in one line what is wrong with a file, and where
-    for number, row in lines(file):
+    for place, row in lines(file):
         entries = {name: entry for name, entry in row.items() if isinstance(entry, dict)}
         gold = last_answer(row.get("ground_truth", ""))
         if entries and gold is not None:
             if rows and entries.keys() != rows[0][1].keys():
-                raise SystemExit(f"{path}, line {number}: other models than in the lines before")
+                raise SystemExit(f"{path}, {place}: other models than in the lines before")
             said = {name: last_answer(entry["solution"]) for name, entry in entries.items()}
             rows.append((gold, said, {name: entry["is_correct"] for name, entry in entries.items()}))
     if not rows:
@@ -419,7 +595,7 @@ def _without_prompt(row):
     have at least 20 characters, or at least three words. In the second case it must also end in a punctuation mark, or
     a blank must follow it in both answers: "Good morning, Sam" stays in "Good morning, Sam! How are you?".
     """
-    prompt, sides = row["prompt"].strip(), (row["chosen"], row["rejected"])
+    prompt, sides = (row["prompt"] or "").strip(), (row["chosen"], row["rejected"])
     if not prompt or not all(side is not None and side.lstrip().startswith(prompt) for side in sides):
         return row
     chosen, rejected = (side.lstrip()[len(prompt) :] for side in sides)
@@ -461,7 +637,7 @@ def clean_pairs(rows, encode, max_tokens):
     Returns:
         (kept, counts): the rows that are kept, in order, and how many rows are "kept", "identical" (chosen and
         rejected are the same, so margin and gradient are always 0), "too long", "empty" (a text is blank) and "no
-        pair". Every row is counted once.
+        pair"; where they occur, also those that are "tied" (see _scored). Every row is counted once.
 
         Where they occur, two more counts say something about the rows that are kept: "prompt cut" (both answers
         began with the prompt, which was cut off, see _without_prompt) and "contradict" (see _contradictions).
@@ -472,12 +648,13 @@ def clean_pairs(rows, encode, max_tokens):
         {'kept': 1, 'identical': 1, 'too long': 0, 'empty': 0, 'no pair': 1}
     """
     kept, counts = [], dict.fromkeys(("kept", "identical", "too long", "empty", "no pair"), 0)
+    counts |= {"tied": 0} if any(row.get("tied") for row in rows) else {}
     cut = 0
     for published in rows:
         row = _without_prompt(published)
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
         if chosen is None or rejected is None:
-            counts["no pair"] += 1
+            counts["tied" if row.get("tied") else "no pair"] += 1
         elif not (prompt.strip() and chosen.strip() and rejected.strip()):
             counts["empty"] += 1
         elif chosen == rejected:
@@ -494,13 +671,20 @@ def clean_pairs(rows, encode, max_tokens):
     return kept, counts | {note: n for note, n in notes.items() if n}
 
 
-def clean_demonstrations(rows, encode, max_tokens):
+def is_judged(rows):
+    """Are these judgements of single answers? Nothing else has rows with a rejected answer and no chosen one."""
+    return any(row["chosen"] is None and row["rejected"] is not None for row in rows)
+
+
+def clean_demonstrations(rows, encode, max_tokens, judged=False):
     """Drop the rows that cannot be imitated, and count them by reason. clean_pairs, for prompt and chosen only.
 
     Args:
-        rows: rows as load_rows returns them. Of a pair, the chosen answer is the demonstration.
+        rows: rows as load_rows returns them. Of a pair, the chosen answer is the demonstration. A text
+            without a prompt (None) is kept; a blank prompt is not, because something is missing there.
         encode: as in clean_pairs.
         max_tokens: the most tokens that prompt and answer may have together, without the template.
+        judged: the rows are judgements, and all of them are wanted, also those with a rejected answer.
 
     Returns:
         (kept, counts): the rows that are kept, in order, and how many rows are "kept", "too long", "empty" (prompt or
@@ -510,8 +694,9 @@ def clean_demonstrations(rows, encode, max_tokens):
     cut = 0
     for published in rows:
         row = _without_prompt(published)
-        texts = row["prompt"], row["chosen"]
-        if row["chosen"] is None:
+        answer = row["rejected"] if judged and row["chosen"] is None else row["chosen"]
+        texts = [text for text in (row["prompt"], answer) if text is not None]
+        if answer is None:
             counts["no answer"] += 1
         elif not all(text.strip() for text in texts):
             counts["empty"] += 1
@@ -541,6 +726,7 @@ def say_counts(source, counts, max_tokens=None, unit="pairs"):
         "held out": "held out for dpo.py and reward_model.py",
         "no pair": "without a pair",
         "no answer": "without an answer",
+        "tied": "tied",
         "empty": "with an empty text",
         "identical": "identical",
         "too long": "too long" + (f" for {max_tokens} tokens" if max_tokens else ""),

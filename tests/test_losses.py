@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTEXT, V, close, draw, random_model, random_pairs, randomize, right_padded, trl_trainer
+from helpers import CONTEXT, V, close, draw, ragged, random_model, random_pairs, randomize, right_padded, trl_trainer
 
 import dpo
 import gpt
+from data import lessons
 from data.runs import rng
 from sft import IGNORE, collate, pass_at_k, sft_loss
 
@@ -304,13 +306,15 @@ def test_orpo_is_accurate_near_both_ends():
 def test_pair_logps_by_brute_force():
     """Sums, with the end token, chosen before rejected. The other side of a pair, in the same row, changes nothing."""
     model, (prompts, chosen, rejected) = random_model(), random_pairs(7)
-    logps, lengths = dpo.pair_logps(model, prompts, chosen, rejected)
-    assert lengths.tolist() == [*map(len, chosen), *map(len, rejected)]
-    expected = []
-    for p, a in zip(prompts * 2, chosen + rejected):
-        log_probs = model(torch.tensor([p + a]))[0].log_softmax(-1)
-        expected.append(sum(log_probs[len(p) - 1 + t, token].item() for t, token in enumerate(a)))
-    close(logps, torch.tensor(expected), 1e-4)
+    others = ragged(7, 8, "others")  # the prompts of the rejected answers, if these are judgements of single answers
+    for both, more in ((prompts * 2, ()), (prompts + others, (others,))):
+        logps, lengths = dpo.pair_logps(model, prompts, chosen, rejected, *more)
+        assert lengths.tolist() == [*map(len, chosen), *map(len, rejected)]
+        expected = []
+        for p, a in zip(both, chosen + rejected):
+            log_probs = model(torch.tensor([p + a]))[0].log_softmax(-1)
+            expected.append(sum(log_probs[len(p) - 1 + t, token].item() for t, token in enumerate(a)))
+        close(logps, torch.tensor(expected), 1e-4)
 
 
 def test_reference_logps_and_accuracy():
@@ -339,6 +343,71 @@ def test_kto_kl(seeds):
         h += sum(s * gpt.completion_logps(m, *pair)[0].sum().item() for s, m in ((1, policy), (-1, ref))) / 8
     found = dpo.kto_kl(policy, ref, prompts, answers)
     assert found.item() == pytest.approx(max(h, 0), rel=1e-4) and abs(h) > 0.1
+
+
+def judged(prompt, good, text="a"):
+    return {"prompt": prompt, "answer": None} | dict(
+        zip(("chosen", "rejected"), (text, None) if good else (None, text))
+    )
+
+
+def test_judgements_are_split_by_prompt_and_both_sides_have_both_labels():
+    rng = random.Random(0)
+    for n in (2, 3, 8, 40):
+        rows = [judged(f"prompt {rng.randrange(3 * n)}", i % 4 == 0, f"{i}") for i in range(4 * n)]
+        for seed in range(10):
+            train, held_out = lessons.split(rows, seed)
+            assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+            assert all(map(all, map(lessons.good_and_bad, (train, held_out))))
+            assert len(train) + len(held_out) == len(rows)
+    for rows in (
+        [judged("p", True), judged("q", True), judged("r", False)],  # one prompt of bad answers
+        # One of these two kinds would lose both of its prompts to the held-out side.
+        [judged("prompt 1", True), judged("prompt 2", True), judged("prompt 2", False), judged("prompt 3", False)],
+    ):
+        for seed in range(20):
+            try:
+                assert all(lessons.good_and_bad(lessons.split(rows, seed)[0]))
+            except ValueError as error:
+                assert "prompt" in str(error)
+
+
+def test_judgements_of_the_rarer_kind_are_repeated():
+    rows = [judged(f"good {i}", True, f"yes {i}") for i in range(3)] + [
+        judged(f"bad {i}", False, f"no {i}") for i in range(8)
+    ]
+    pairs = lessons.matched(rows, 0)
+    assert len(pairs) == 8 and pairs == lessons.matched(rows, 0) != lessons.matched(rows, 1)
+    for pair in pairs:  # every answer keeps its prompt, also with the opposite label
+        swapped = dpo.swap(pair)
+        assert pair["prompt"] == pair["chosen"].replace("yes", "good") == swapped["rejected_prompt"]
+        assert pair["rejected_prompt"] == pair["rejected"].replace("no", "bad") == swapped["prompt"]
+        assert (swapped["chosen"], swapped["rejected"]) == (pair["rejected"], pair["chosen"])
+    assert len({pair["rejected"] for pair in pairs}) == 8
+    counts = [sum(pair["chosen"] == f"yes {i}" for pair in pairs) for i in range(3)]
+    assert sorted(counts) == [2, 3, 3]
+
+
+def test_what_kto_holds_out_is_held_out_from_sft(tok, tmp_path):
+    rows = [{"prompt": f"Leo has {i} eggs.", "completion": "9+5=14.", "label": i % 3 > 0} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(5):
+        args = SimpleNamespace(data=str(tmp_path / "a.jsonl"), seed=seed, problems=None, max_tokens=512)
+        kto = lessons.preferences(args, tok, 128, 1000, unpaired=True)
+        held_out = {row[prompt] for row in kto.held_out for prompt in ("prompt", "rejected_prompt")}
+        trained = {row[prompt] for row in kto.train for prompt in ("prompt", "rejected_prompt")}
+        assert len(held_out) + len(trained) == 60 and not held_out & trained
+        sft = lessons.demonstrations(args, tok, 128, None).train
+        assert {row["prompt"] for row in sft} == {p for p in trained if int(p.split()[2]) % 3 > 0}  # the good ones
+        (prompt, chosen, rejected, other), *_ = lessons.encode_pairs(tok, kto.train)
+        assert prompt != other and prompt[-1] == other[-1] == tok.assistant and chosen[-1] == rejected[-1] == tok.end
+
+
+def test_a_text_without_a_prompt_is_learned_from_its_first_token_on():
+    """Nothing predicts the first token of a row, so it has no loss; with a prompt, all of the answer has."""
+    ids, labels = collate([([], [5, 6, 7]), ([3], [5, 6])], pad=9)
+    _, n = loss_from(torch.zeros(2, 3, 10), labels)
+    assert n == 2 + 2 and labels[:, 1:].tolist() == [[6, 7], [5, 6]]
 
 
 def test_slip_once_changes_one_number():
@@ -473,13 +542,15 @@ def test_equal_to_trl_from_ids_to_loss(models, name, loss_type, noise):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_equal_to_trls_kto_trainer(models, order):
+def test_equal_to_trls_kto_trainer(models, order, paired):
     """With the reference point z0 from mismatched prompts and answers. It is clamped at 0 in one of the two orders."""
     trl = pytest.importorskip("trl")
     (policy, our_policy), (ref, our_ref) = (models[i] for i in order)
     prompts, chosen, rejected = random_pairs(8, seed=10)
-    ids, mask, seen = right_padded(prompts * 2, chosen + rejected)
+    others = prompts if paired else ragged(8, 8, "others")  # the prompts of the bad answers
+    ids, mask, seen = right_padded(prompts + others, chosen + rejected)
     kl_ids, kl_mask, kl_seen = right_padded(prompts, chosen[1:] + chosen[:1])
     inputs = {
         "input_ids": ids, "attention_mask": seen, "completion_mask": mask,
@@ -494,8 +565,8 @@ def test_equal_to_trls_kto_trainer(models, order):
     theirs = trl.KTOTrainer._compute_loss(trainer, policy, inputs, False)
     moved = dpo.kto_kl(our_policy, our_ref, prompts, chosen)
     assert trainer._metrics["eval"]["kl"][0] == pytest.approx(moved.item(), abs=1e-4)
-    logps, lengths = dpo.pair_logps(our_policy, prompts, chosen, rejected)
-    ref_logps, _ = dpo.pair_logps(our_ref, prompts, chosen, rejected)
+    logps, lengths = dpo.pair_logps(our_policy, prompts, chosen, rejected, others)
+    ref_logps, _ = dpo.pair_logps(our_ref, prompts, chosen, rejected, others)
     torch.testing.assert_close(our_loss("kto", 0.1, logps, ref_logps, lengths, moved), theirs, rtol=1e-4, atol=1e-4)
 
 

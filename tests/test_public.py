@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from data import __main__ as look
+from data.checker import is_correct
 from data.public import (
     HUB,
     clean_demonstrations,
@@ -202,6 +203,155 @@ def test_gsm8k(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("We add them.\n\\boxed{1,042}", "1042"),
+        ("So:\n**Answer: 3.5**", "7/2"),
+        ("42", "42"),
+        ("42 eggs", "42"),
+        (0, "0"),
+        (1.5, "3/2"),
+        ("City 7", None),
+        ("42\nor 43", None),
+        ("", None),
+    ],
+)
+def test_gold_answers_without_gsm8ks_mark(tmp_path, answer, gold):
+    """What the checker reads in the answer; an answer in words can only be imitated."""
+    for columns in (("question", "answer"), ("prompt", "solution"), ("problem", "ground_truth")):
+        rows = load_rows(write(tmp_path / "a.jsonl", dict(zip(columns, ("q", answer)))))
+        assert rows == [row("q", str(answer), None, gold)]
+        assert gold is None or is_correct(f"#### {gold}", gold)
+
+
+# --- the layouts of TRL, Alpaca, ShareGPT ---
+
+
+def sharegpt(*texts):
+    return [{"from": ["human", "gpt"][i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+THREE = "Human: a\n\nAssistant: b\n\nHuman: c"
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        # TRL, each type as strings and as messages
+        ({"text": "Once upon a time"}, row(None, "Once upon a time")),
+        ({"messages": messages("Hi", "Hello!")}, row("Hi", "Hello!")),
+        ({"messages": messages("a", "b", "c", "d")}, row(THREE, "d")),
+        ({"messages": messages("a", "b", "c", "d", "thanks")}, row(THREE, "d")),  # nobody answers the last turn
+        ({"messages": messages("a")}, row("a")),
+        ({"prompt": "Hi"}, row("Hi")),
+        ({"prompt": messages("a", "b", "c")}, row(THREE)),
+        ({"prompt": "Hi", "completion": " Hello!"}, row("Hi", "Hello!")),
+        ({"prompt": messages("Hi"), "completion": messages("Hello!", first="a")}, row("Hi", "Hello!")),
+        ({"prompt": messages("a"), "completion": messages("b", "c", "d", first="a")}, row(THREE, "d")),
+        ({"prompt": "Hi", "completion": " Hello!", "label": True}, row("Hi", "Hello!")),
+        ({"prompt": "Hi", "completion": " What?", "label": False}, row("Hi", None, "What?")),
+        (
+            {"prompt": messages("Hi"), "completion": messages("What?", first="a"), "label": False},
+            row("Hi", None, "What?"),
+        ),
+        ({"messages": messages("a", "b", "c", "d"), "label": False}, row(THREE, None, "d")),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, row("The sky is", "blue.", "green.")),
+        ({"chosen": "2+2? It is 4.", "rejected": "2+2? It may be 5."}, row("2+2?", "It is 4.", "It may be 5.")),
+        ({"chosen": "a b\nTL;DR: c", "rejected": "a b\nTL;DR: d"}, row("a b\nTL;DR:", "c", "d")),
+        ({"chosen": "Why? Yes.", "rejected": "Why? Yes."}, row("Why?", "Yes.", "Yes.")),
+        # Alpaca, Dolly, LLaMA-Factory, rasbt
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, row("Add.\n\n1, 2", "3")),
+        ({"instruction": "Add 1 and 2.", "input": "", "output": "3"}, row("Add 1 and 2.", "3")),
+        ({"instruction": "Add.", "context": "1, 2", "response": "3", "category": "x"}, row("Add.\n\n1, 2", "3")),
+        ({"instruction": "c", "output": "d", "system": "", "history": [["a", "b"]]}, row(THREE, "d")),
+        ({"instruction": "a", "output": "d", "system": "Be kind."}, row("System: Be kind.\n\nHuman: a", "d")),
+        ({"instruction": "a", "input": "", "output": "d", "kto_tag": False}, row("a", None, "d")),
+        ({"instruction": "Q", "input": "x", "output": "y", "chosen": "y", "rejected": "z"}, row("Q\n\nx", "y", "z")),
+        # The input belongs to an instruction only.
+        ({"prompt": "a", "input": "x", "completion": "b"}, row("a", "b")),
+        # ShareGPT
+        ({"conversations": sharegpt("a", "b", "c", "d")}, row(THREE, "d")),
+        ({"conversations": sharegpt("a", "d"), "system": "Be kind."}, row("System: Be kind.\n\nHuman: a", "d")),
+        ({"conversations": messages("a", "d")}, row("a", "d")),
+        (
+            {
+                "conversations": sharegpt("a", "b", "c"),
+                "chosen": sharegpt("", "d")[1],
+                "rejected": sharegpt("", "e")[1],
+            },
+            row(THREE, "d", "e"),
+        ),
+        ({"conversations": sharegpt("a", "d"), "kto_tag": True}, row("a", "d")),
+        # others
+        ({"question": "Q", "chosen": "y", "rejected": "z"}, row("Q", "y", "z")),
+        (
+            {"system": "Be kind.", "question": "a", "chosen": "d", "rejected": "e"},
+            row("System: Be kind.\n\nHuman: a", "d", "e"),
+        ),
+        ({"system_prompt": "", "question": "a", "response": "d"}, row("a", "d")),
+        # A prompt beside messages that repeat it.
+        ({"prompt": "a", "prompt_id": "7", "messages": messages("a", "d")}, row("a", "d")),
+    ],
+)
+def test_usual_layouts(tmp_path, record, expected):
+    assert load_rows(write(tmp_path / "a.jsonl", record)) == [expected]
+    # The same as a JSON array over several lines, whatever the name of the file.
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text("\ufeff " + json.dumps([record, record], indent=2), encoding="utf-8")
+        assert load_rows(tmp_path / name) == [expected] * 2
+
+
+def test_tool_calls_are_text_in_demonstrations(tmp_path):
+    call = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [*messages("1+1?"), {"role": "assistant", "content": None, "tool_calls": [call, call]}]
+    result = {"role": "tool", "content": "2"}
+    record = {"messages": [*turns, result, *messages("It is 2.", first="a")], "tools": []}
+    prompt = 'Human: 1+1?\n\nAssistant: add({"a": 1})\nadd({"a": 1})\n\nTool: 2'
+    assert load_rows(write(tmp_path / "a.jsonl", record)) == [row(prompt, "It is 2.")]
+    # No content and no call that can be read: the row is counted and the others are read.
+    for calls in (None, [], [{}], 3):
+        bad = {"messages": [*turns[:1], turns[1] | {"tool_calls": calls}]}
+        assert load_rows(write(tmp_path / "a.jsonl", record, bad))[1:] == [row("")]
+
+
+def test_ultrafeedback_with_scores(tmp_path):
+    def scored(prompt, *scores):
+        completions = [{"model": "m", "response": f"answer {i}", "overall_score": s} for i, s in enumerate(scores)]
+        return {"source": "x", "instruction": prompt, "models": [], "completions": completions, "correct_answers": []}
+
+    many = [scored(f"q{i}", 6, 8.5, 7, 8.5) for i in range(40)]
+    rows = load_rows(write(tmp_path / "a.jsonl", *many, scored("t", 8, 8), scored("n", 3, None), scored("e")))
+    assert all(r == row(f"q{i}", "answer 1", r["rejected"]) for i, r in enumerate(rows[:40]))
+    # Any of the lower ones, never the other best one, and the same one in every run.
+    assert {r["rejected"] for r in rows[:40]} == {"answer 0", "answer 2"}
+    assert rows == load_rows(tmp_path / "a.jsonl")
+    kept, counts = clean_pairs(rows, letters, 99)
+    assert (len(kept), counts["tied"], counts["no pair"], sum(counts.values())) == (40, 1, 2, 43)
+    assert clean_demonstrations(rows, letters, 99)[1]["kept"] == 41  # a tie has an answer to imitate
+
+
+def test_ties_are_counted_aloud(tmp_path, capsys):
+    say_counts("x", {"kept": 4, "identical": 0, "too long": 0, "empty": 0, "no pair": 1, "tied": 2})
+    assert capsys.readouterr().out == "x: 7 pairs read, 1 without a pair, 2 tied, 4 kept\n"
+
+
+def test_judgements_are_neither_pairs_nor_all_demonstrations():
+    rows = [row("a", "good"), row("b", None, "bad"), row(""), row("c", None, "x" * 90), row(" ", None, "bad")]
+    assert clean_pairs(rows, letters, 50)[1]["no pair"] == 5
+    assert clean_demonstrations(rows, letters, 50)[0] == rows[:1]
+    kept, counts = clean_demonstrations(rows, letters, 50, judged=True)
+    assert kept == rows[:2] and counts == {"kept": 2, "too long": 1, "empty": 1, "no answer": 1}
+
+
+def test_a_text_without_a_prompt_is_no_blank_prompt():
+    rows = [row(None, "Once"), row("", "Once"), row(None, " ")]
+    assert clean_demonstrations(rows, letters, 50) == (
+        rows[:1], {"kept": 1, "too long": 0, "empty": 2, "no answer": 0}
+    )  # fmt: skip
+    assert clean_pairs(rows, letters, 50)[1]["no pair"] == 3
+
+
 def test_pairs_of_model_solutions(tmp_path):
     def says(is_correct, solution):
         return {"is_correct": is_correct, "solution": solution}
@@ -264,7 +414,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pa.Table.from_pylist([PAIR, PAIR | {"chosen": None}]), path)
     with pytest.raises(ValueError, match="row 2: field 'chosen' is NoneType"):
         load_rows(path)
-    parquet.write_table(pa.Table.from_pylist([{"text": "a"}]), path)
+    parquet.write_table(pa.Table.from_pylist([{"words": "a"}]), path)
     with pytest.raises(ValueError, match="row 1: unknown columns"):
         load_rows(path)
     path.write_bytes(b"PAR1 and no more")
@@ -293,14 +443,19 @@ GOOD = json.dumps(PAIR).encode()
         (b"\0" * 4096, "line 1: not JSON"),  # as a crash can leave a file
         (GOOD + b"\n" + b"[" * 200000, "line 2: not JSON"),
         (GOOD + b'\n{"prompt": ' + b"9" * 9999 + b"}", "line 2: not JSON"),
-        (b"[" + GOOD + b"]", "line 1: this is a JSON array; write one object per line"),
-        (b"\n\xef\xbb\xbf [\n  " + GOOD + b"\n]", "line 2: this is a JSON array; write one object per line"),
+        (b"[" + GOOD, "line 1: not JSON"),
+        (b"\n[\n" + GOOD + b",\n{'prompt': 1}]", "line 4: not JSON"),
+        (b"[" + GOOD + b",\n\n \xff]", r"line 3: not JSON in UTF-8 \(byte 0xff at position 1\); save it as UTF-8"),
+        (b"[" * 200000, "line 1: not JSON"),
+        (b"[]", "holds no rows"),
+        (b"[" + GOOD + b", 3]", "row 2: int, not an object"),
+        (b"[" + GOOD + b', {"prompt": "a"}]', "row 2: field 'chosen' is missing"),
         (GOOD + b"\n[" + GOOD + b"]", "line 2: list, not an object"),
         (GOOD + b"\nnull", "line 2: NoneType, not an object"),
         (b"{}", r"line 1: unknown columns \(none\)"),
         (
-            b'{"text": "a", "label": 1}',
-            r"unknown columns \(text, label\).*prompt \+ chosen \+ rejec",
+            b'{"sentence": "a", "label": 1}',
+            r"unknown columns \(sentence, label\).*prompt \+ chosen \+ rejected;.*question, instruction.* for prompt",
         ),
         (GOOD + b'\n{"prompt": "a", "chosen": "b"}', "line 2: field 'rejected' is missing"),
         # Without the prompt it would fit another layout.
@@ -322,9 +477,21 @@ GOOD = json.dumps(PAIR).encode()
             "no field 'prompt'",
         ),
         (b'{"chosen": "a", "rejected": "b"}', "no field 'prompt'"),
+        (b'{"chosen": "The sky", "rejected": "There"}', "no field 'prompt'"),  # only a part of a word in common
+        (b'{"prompt": "a", "completion": "b", "label": "good"}', "the label is 'good', not true or false"),
+        (b'{"prompt": "a", "completion": "b", "label": null}', "the label is 'None', not true or false"),
+        (b'{"prompt": "a", "completion": null}', "field 'completion' is NoneType"),
+        # A field is called as the file calls it.
+        (b'{"instruction": "a", "output": 1}', "field 'output' is int"),
+        (b'{"instruction": "a", "input": 2, "output": "c"}', "field 'input' is int"),
+        (b'{"instruction": "a", "output": "c", "history": ["b"]}', "'history' is not a list of"),
+        (b'{"conversations": [{"from": "gpt"}]}', "a message in 'conversations' is not"),
+        (b'{"conversations": "a"}', "field 'conversations' is str, not a list"),
+        (b'{"text": 1}', "field 'text' is int"),
+        (b'{"instruction": "a", "completions": [{"answer": "b"}]}', "'completions' is not a list of"),
         (
-            b'{"question": "q", "answer": "no mark"}',
-            "line 1: the gold answer 'no mark' is not a num",
+            b'{"instruction": "a", "completions": [{"response": "b", "overall_score": "8"}]}',
+            "'overall_score' is not a n",
         ),
         (
             b'{"question": "q", "answer": "#### many"}',
@@ -376,7 +543,7 @@ def test_sources_that_do_not_exist(tmp_path):
         with pytest.raises(ValueError, match="neither a known dataset nor a known file type"):
             load_rows(source)
     for source in HUB:
-        with pytest.raises(ValueError, match="no split 'validation'; take one of train, test"):
+        with pytest.raises(ValueError, match="no split 'validation'; take one of train"):
             load_rows(source, "validation")
 
 
@@ -421,7 +588,7 @@ def test_hub_names_and_splits(monkeypatch):
     monkeypatch.setattr(hub.HfApi, "dataset_info", lambda *args, **kwargs: types.SimpleNamespace())
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for source in HUB:
-        for split in ("train", "test"):
+        for split in HUB[source][2]:
             assert load_rows(source, split) == [row(*PAIR.values())]
     assert asked == [
         ("openai/gsm8k", "main", "train"),
@@ -430,6 +597,7 @@ def test_hub_names_and_splits(monkeypatch):
         ("Anthropic/hh-rlhf", None, "test"),
         ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs"),
         ("HuggingFaceH4/ultrafeedback_binarized", None, "test_prefs"),
+        ("openbmb/UltraFeedback", None, "train"),
     ]
 
 
@@ -725,6 +893,14 @@ def test_look_at_a_file(tmp_path, monkeypatch, capsys):
     # Pairs of which none is left are still pairs.
     assert show(PAIR | {"rejected": ""}) == ("1 pairs read, 1 with an empty text, 0 kept", [])
     assert show(PAIR | {"chosen": "What?"}) == ("1 pairs read, 1 identical, 0 kept", [])
+    judged = [{"prompt": str(i), "completion": "x", "label": i == 0} for i in range(3)]
+    first, rest = show(*judged)
+    assert first == "3 answers read, 3 kept" and "==== answer 1, judged bad" in rest
+    assert sum(line.endswith("judged bad") for line in rest) == rest.count("  rejected:") == 2
+    assert show({"prompt": "a"}, {"prompt": ""}) == (
+        "2 prompts read, 1 with an empty text, 1 kept", ["", "==== prompt 1", "  prompt:", "    a"]
+    )  # fmt: skip
+    assert show({"text": "a"}) == ("1 rows read, 1 kept", ["", "==== row 1", "  chosen:", "    a"])
     # A file without any answer has none to show.
     no_content = messages("Hi") + [{"role": "assistant", "content": None}]
     assert show({"chosen": no_content, "rejected": no_content}) == ("1 pairs read, 1 without a pair, 0 kept", [])

@@ -477,6 +477,19 @@ def test_break_on_real_data(make, tmp_path, name):
     assert "Warning" not in made.job.err
 
 
+@pytest.mark.parametrize("flags", ["", "--break flip_labels"])
+def test_kto_on_judgements_of_single_answers(make, tmp_path, flags):
+    judged = [{"prompt": f"{i} eggs?", "completion": f"{i}.", "label": i % 3 == 0} for i in range(40)]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    made = make("dpo", "--loss", "kto", *flags.split(), "--data", tmp_path / "judged.jsonl")
+    assert "40 answers read, 40 kept" in made.job.out
+    if flags:
+        check_break(made.job.out, *made.folders, breaks.entry("dpo", "flip_labels"))
+    else:
+        check_folder(made.folder, 4)
+        assert made.folder.updates[0]["loss"] == pytest.approx(0.5, abs=1e-3)  # policy = reference
+
+
 # --- what is missing is made ---
 
 # The base model that is made cannot be made tiny by flags of another script, but by other defaults.
@@ -788,6 +801,9 @@ WRONG = [
     ("dpo reward_model", "--data {tmp}/long.jsonl --batch 2", "--max_tokens"),
     ("dpo", "--data {tmp}/short.jsonl --batch 2 --max_tokens 5", "--max_tokens"),
     ("dpo reward_model", "--data {tmp}/gsm8k.jsonl --batch 2", "pair"),
+    ("dpo reward_model", "--data {tmp}/judged.jsonl --batch 2", "--loss kto"),
+    ("dpo", "--loss kto --data {tmp}/good_only.jsonl --batch 2", "pair"),
+    ("dpo", "--loss kto --break likelihood_displacement --data {tmp}/judged.jsonl --batch 2", "pairs"),
     ("sft", "--data {tmp}/long.jsonl", "context"),
     ("sft", "--data {tmp}/nopair.jsonl", "nopair.jsonl"),
     ("reasoning", "--data gsm8k", "gsm8k"),
@@ -807,7 +823,10 @@ def wrong_files(tmp_path_factory, base, scorer):
 
     write("good", [good, good | {"prompt": "Ho"}])
     (tmp / "bad.jsonl").write_text(json.dumps(good) + '\n{"prompt": "Hi", "chos\n')
-    write("columns", [{"text": "Hi"}])
+    write("columns", [{"words": "Hi"}])
+    judged = {"prompt": "Hi", "completion": "Hello!", "label": True}
+    write("judged", [judged | {"prompt": f"{i}", "label": i % 2 == 0} for i in range(9)])
+    write("good_only", [judged | {"prompt": f"{i}"} for i in range(9)])
     write("empty", [])
     write("same", [good | {"chosen": f"{i}"} for i in range(9)])
     write("short", [good | {"prompt": f"{i}"} for i in range(9)])
