@@ -106,10 +106,12 @@ def last_answer(text):
     # The last mark counts, even if what follows it cannot be read. If an earlier one were used instead, a text
     # could give several answers and be rewarded for any that can be read.
     _, mark, after = text.rpartition("####")
-    if mark:
+    after, _, below = after.partition("\n")
+    # With a box below it, the mark is a heading ("#### Step 3").
+    if mark and "\\boxed{" not in below:
         # Only the rest of that line: a model that has not learned to stop continues below it. And only a number:
         # whoever uses the mark was asked for one, or has been trained on nothing else.
-        return _number(after.partition("\n")[0])
+        return _number(after)
     text = text.rstrip()
     line = text.rpartition("\n")[2]
     if len(line) > 5000:  # searched for every announcement, so it must be bounded

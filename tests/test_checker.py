@@ -142,6 +142,9 @@ def test_the_other_form_needs_its_own_last_line_and_no_mark():
         ("#### **18**", 18),
         ("#### \u22123", -3),
         ("####  $\\boxed{18}$", 18),
+        ("#### Step 2: the sum\nIt is \\boxed{18}.", 18),  # a heading
+        ("#### 17\nNo, \\boxed{18}.", 18),
+        ("\\boxed{17}\n#### 18", 18),
         ("\\boxed{17}\nAnswer: 18", 18),  # the last one counts, whichever form it has
         ("Answer: 17\n\\boxed{18}", 18),
         ("\\boxed{18}\nThe answer is correct.", 18),  # announces no answer
