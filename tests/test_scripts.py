@@ -486,7 +486,7 @@ def test_kto_on_judgements_of_single_answers(make, tmp_path, flags):
     if flags:
         check_break(made.job.out, *made.folders, breaks.entry("dpo", "flip_labels"))
     else:
-        check_folder(made.folder, 4)
+        assert len(made.folder.updates) == 4
         assert made.folder.updates[0]["loss"] == pytest.approx(0.5, abs=1e-3)  # policy = reference
 
 
@@ -803,7 +803,6 @@ WRONG = [
     ("dpo reward_model", "--data {tmp}/gsm8k.jsonl --batch 2", "pair"),
     ("dpo reward_model", "--data {tmp}/judged.jsonl --batch 2", "--loss kto"),
     ("dpo", "--loss kto --data {tmp}/good_only.jsonl --batch 2", "pair"),
-    ("dpo", "--loss kto --break likelihood_displacement --data {tmp}/judged.jsonl --batch 2", "pairs"),
     ("sft", "--data {tmp}/long.jsonl", "context"),
     ("sft", "--data {tmp}/nopair.jsonl", "nopair.jsonl"),
     ("reasoning", "--data gsm8k", "gsm8k"),
