@@ -97,7 +97,7 @@ def _turns(row, field, calls=False):
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else type(turns).__name__
         raise ValueError(f"field {field!r} is {found}, not a list of messages")
-    found = []
+    said = []
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {}
         names = ("from", "value") if "from" in turn else ("role", "content")
@@ -108,10 +108,10 @@ def _turns(row, field, calls=False):
             raise ValueError(f"a message in {field!r} is not {{'role': str, 'content': str}}")
         if is_null and calls:
             content = _calls(turn.get("tool_calls"))
-        found.append(({"human": "user", "gpt": "assistant"}.get(role, role), content))
-    if any(content is None for _, content in found):
+        said.append(({"human": "user", "gpt": "assistant"}.get(role, role), content))
+    if any(content is None for _, content in said):
         raise NoPair(f"a message in {field!r} has no content")
-    return found
+    return said
 
 
 def _calls(calls):
@@ -240,7 +240,7 @@ def _scored(row):
     prompt = _text(row, "instruction")
     if len(scored) < 2:
         return _row(prompt)
-    best, chosen = max(scored, key=lambda pair: pair[0])  # the first of several best ones
+    best, chosen = max(scored, key=lambda one: one[0])  # of several best ones the first
     lower = [response for score, response in scored if score < best]
     if not lower:
         return _row(prompt, chosen) | {"tied": True}
@@ -291,11 +291,10 @@ def _problem(row):
     """
     solution = row["answer"]
     solution = str(solution) if type(solution) in (int, float) else _text(row, "answer")
-    if "####" in solution:
-        gold = solution.rpartition("####")[2].strip()
-        is_correct(
-            solution, gold
-        )  # raises if the gold answer is not a number: no answer to such a row could be correct
+    _, mark, after = solution.rpartition("####")
+    if mark and "\\boxed{" not in after:
+        gold = after.strip()
+        is_correct(solution, gold)  # raises if gold is not a number: no answer to such a row could be correct
     else:
         numbers = (last_answer(text) for text in (solution, f"A: {solution}"))
         gold = next((str(number) for number in numbers if number is not None), None)

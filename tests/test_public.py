@@ -207,6 +207,7 @@ def test_gsm8k(tmp_path):
     ("answer", "gold"),
     [
         ("We add them.\n\\boxed{1,042}", "1042"),
+        ("#### Step 1\nWe add them: \\boxed{42}", "42"),
         ("So:\n**Answer: 3.5**", "7/2"),
         ("42", "42"),
         ("42 eggs", "42"),
