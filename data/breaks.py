@@ -16,6 +16,7 @@ search for its name there. The entry says everything about it that is not traini
     cure         what to try instead
     panels       the figure
     flags        flags of both runs, unless the user gives others
+    clue         which number of the dashboard does show it, if there is one
 
 A claim is a comparison of measured numbers, `broken("kl") > 1.5 * clean("kl")`. Its sentence is made from that
 comparison and from the measured values, so text and check cannot differ. To add a break, add its lines to the
@@ -258,6 +259,7 @@ class Break:
     panels: tuple
     flags: tuple = ()
     task_claims: tuple = ()  # further claims, made on the embedded task only: they need its exact checker
+    clue: str = ""  # which number of the dashboard does show it, said on the page when the reader has chosen
 
     def claims_on(self, reports, embedded):
         """The claims that can be made on {"clean": report, "broken": report}. embedded: the runs used the embedded
@@ -685,6 +687,11 @@ BREAKS = [
             broken("accuracy_sampled") < broken("accuracy_sampled_sft") - 0.1,
             broken("ref_margin") < 0,
             clean("ref_margin") > 0,
+        ),
+        clue=(
+            "Loss, margin and accuracy cannot tell: they compare the model with the labels, right or swapped. The clue "
+            'is the reference, the model before this training: it finds most of the swapped "chosen" answers less '
+            'likely than the "rejected" ones.'
         ),
     ),
     Break(

@@ -286,14 +286,15 @@ def guess(clean, run, entry):
     lengths = {name: length for name, length in zip(order, longest)}
     more = f" The clean run has {lengths['clean']} steps, the broken run {lengths['broken']}." if shares else ""
     more += " All numbers are the same: nobody can tell them apart here." * same
-    more += " Section 3 shows what training does not measure."
+    more += f" {entry.clue}" * bool(entry.clue) + " Section 3 shows what training does not measure."
     return f"""<section id=guess data-broken="{"ab"[order.index("broken")]}">
 <h2><span>2</span> Which one is broken?</h2>
-<p>This is what you see while both runs train. One of them has the mistake above. Look, then choose.</p>
+<p>This is what you see while both runs train. One of them has the mistake above. Look, then choose below. A number
+over a curve is the run's result: of what is logged at every step, a mean over the last steps.</p>
+{joined(charts)}
 <div class=vote role=group aria-label="Which run is broken?">{buttons}<button type=button data-choice="">I cannot tell
 </button></div>
-<p id=answer role=status hidden data-more="{more}"></p>
-{joined(charts)}</section>"""
+<p id=answer role=status hidden data-more="{escape(more)}"></p></section>"""
 
 
 def external(clean, run, entry):
