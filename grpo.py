@@ -2,7 +2,7 @@
 
     python grpo.py                                the short run: 10 steps against a learned reward model
     python grpo.py --break reward_hacking         the same run, continued to step 500
-    python grpo.py --break no_kl                  without the KL penalty, 200 steps with and without it
+    python grpo.py --break no_kl                  without the KL penalty, 300 steps with and without it
     python grpo.py --reward checker --beta 0 --max_steps 500      a true reward needs no KL penalty
 
 For every prompt the policy samples a group of G answers. Each gets a reward, and its advantage is how much better

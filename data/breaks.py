@@ -621,7 +621,7 @@ BREAKS = [
         claims=NO_KL_CLAIMS,
         cure="python grpo.py   (and stop early: the KL penalty only slows the drift)",
         panels=RL_PANELS,
-        flags=("--max_steps", "200"),
+        flags=("--max_steps", "300"),
     ),
     Break(
         "grpo",
@@ -637,7 +637,7 @@ BREAKS = [
         claims=NO_KL_CLAIMS,
         cure="python grpo.py   (k3 as the loss, or k1 in the reward)",
         panels=RL_PANELS,
-        flags=("--max_steps", "200"),
+        flags=("--max_steps", "300"),
     ),
     Break(
         "grpo",
@@ -657,7 +657,7 @@ BREAKS = [
         ),
         cure="python grpo.py   (load the checkpoint twice, or copy it; compare the KL with the SFT file on disk)",
         panels=(Panel("dashboard: KL as logged", "nats per answer", ("kl",)), *RL_PANELS[1:]),
-        flags=("--max_steps", "200"),
+        flags=("--max_steps", "300"),
     ),
     # ---- dpo.py
     Break(
@@ -736,7 +736,8 @@ BREAKS = [
         claims=(broken("kl") > 1.3 * clean("kl"), broken("held_out_accuracy") > 0.75),
         cure="python dpo.py   (a larger beta, or fewer steps)",
         panels=(Panel("dashboard: held-out pairs", "accuracy", ("held_out_accuracy",)), ACCURACY),
-        task_claims=(broken("accuracy_sampled") < clean("accuracy_sampled") - 0.05,),
+        task_claims=(broken("accuracy_sampled") < clean("accuracy_sampled") - 0.1,),
+        flags=("--steps", "200"),
     ),
     Break(
         "dpo",
