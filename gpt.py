@@ -381,6 +381,7 @@ class Tokenizer:
             self.end, self.pad = self.template.end, self.template.pad
         # Bytes that a vocabulary lacks have ids behind the last one.
         self.incomplete = max(known.ranks.values()) >= self.vocab_size
+        self.ids = known.pattern, known.ranks, special, self.nfc  # two tokenizers with equal .ids give equal ids
         self.encoding = tiktoken.Encoding(
             name, pat_str=known.pattern, mergeable_ranks=known.ranks, special_tokens=special
         )
@@ -562,9 +563,9 @@ def completion_scores(scorer, prompts, completions):
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores), mask
 
 
-def final_scores(scorer, prompts, completions, batch=250):
+def final_scores(scorer, prompts, completions, batch=None):
     """Scores (B,) of complete answers, read at the last token (the end token, if there is one)."""
-    found = []
+    found, batch = [], batch or at_once(scorer.transformer)
     for i in range(0, len(prompts), batch):
         scores, mask = completion_scores(scorer, prompts[i : i + batch], completions[i : i + batch])
         found.append(scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0])
@@ -572,10 +573,10 @@ def final_scores(scorer, prompts, completions, batch=250):
 
 
 @torch.no_grad()
-def mean_kl(policy, ref, prompts, completions, batch=250):
+def mean_kl(policy, ref, prompts, completions, batch=None):
     """KL(policy || ref) in nats per answer: the mean of log pi - log pi_ref over the policy's own samples. An
     estimate; over few samples it can be below 0."""
-    total = 0.0
+    total, batch = 0.0, batch or at_once(policy)
     for i in range(0, len(prompts), batch):
         some = prompts[i : i + batch], completions[i : i + batch]
         total += (completion_logps(policy, *some)[0] - completion_logps(ref, *some)[0]).sum().item()
@@ -645,10 +646,15 @@ def read_answer(tok, ids, logps, gold):
     return Answer(text, ids, logps, ended, is_correct(text, gold))
 
 
-def solve(model, tok, problems, temperature, generator, max_new_tokens=48, batch=250):
+def at_once(model, small=250):
+    """Answers per batch where there is no gradient. A published model's cache and logits take 50 MB per answer."""
+    return small if model.config.n_embd < 512 else 32
+
+
+def solve(model, tok, problems, temperature, generator, max_new_tokens=48, batch=None):
     """One answer of a chat model per problem (objects with .text and .answer): a list of Answer."""
     prompts = [tok.prompt(p.text) for p in problems]
-    answers = []
+    answers, batch = [], batch or at_once(model)
     for i in range(0, len(prompts), batch):
         completions = sample(model, prompts[i : i + batch], max_new_tokens, [tok.end],
                              temperature=temperature, generator=generator)  # fmt: skip
@@ -681,13 +687,13 @@ def examine(model, tok, problems, seed, step, max_new_tokens=48):
 
 
 @torch.no_grad()
-def evaluate_policy(policy, ref, reward, tok, problems, seed, step, max_new_tokens):
+def evaluate_policy(policy, ref, reward, tok, problems, seed, step, max_new_tokens, styles=task.STYLES):
     """A policy on held-out problems, the same at every step: what its sampled answers are like (data/task.py), their
     mean reward, and the KL to the reference. All names begin with test_. Returns (results, answers)."""
     answers = solve(policy, tok, problems, 1.0, rng(seed, "evaluation", step), max_new_tokens)
     kl = mean_kl(policy, ref, [tok.prompt(p.text) for p in problems], [a.ids for a in answers])
     rewards = reward(problems, answers)  # (number of answers,)
-    results = task.describe(answers) | task.correlations(answers, rewards)
+    results = task.describe(answers, styles) | task.correlations(answers, rewards, styles)
     results |= {"reward": rewards.mean().item(), "kl": kl, "sqrt_kl": max(kl, 0) ** 0.5}
     return {f"test_{name}": value for name, value in results.items()}, answers
 
@@ -747,6 +753,14 @@ def load_scorer(where, device="cpu", bfloat16=False):
     scorer.load_state_dict({"score.weight": weight}, strict=False)
     scorer.mean, scorer.std = config.get("score_mean", 0.0), config.get("score_std", 1.0)
     return scorer
+
+
+def check_tokenizer(model, tok, what):
+    """Exit if a model does not read the ids of this tokenizer. (A published one is known by its folder, and a model
+    that was made from it has a copy.)"""
+    name, ours = model.config.tokenizer, vocabularies.OURS
+    if name != tok.name and (name in ours or tok.name in ours or Tokenizer(name).ids != tok.ids):
+        sys.exit(f"{what} need the same tokenizer")
 
 
 def load_policy(where, args):

@@ -1,9 +1,10 @@
 """GRPO: how is a policy optimized against a reward if the only baseline is its own other answers?
 
     python grpo.py                                the short run: 10 steps against a learned reward model
-    python grpo.py --break reward_hacking         the same run, continued to step 500
-    python grpo.py --break no_kl                  without the KL penalty, 300 steps with and without it
+    python grpo.py --break reward_hacking         the same run, continued to step 200
+    python grpo.py --break no_kl                  without the KL penalty, 150 steps with and without it
     python grpo.py --reward checker --beta 0 --max_steps 500      a true reward needs no KL penalty
+    python grpo.py --data gsm8k --base gpt2       real problems, and the exact checker as the reward
 
 For every prompt the policy samples a group of G answers. Each gets a reward, and its advantage is how much better
 the reward is than the group's mean (Shao et al. 2024, section 4.1.2):
@@ -22,7 +23,7 @@ reward model's training distribution, and there a high score no longer means a c
 those answers: at first the answers get better, then the score keeps rising while they get worse. (Gao, Schulman and
 Hilton 2022; Stiennon et al. 2020, figure 5)
 
-    reward_hacking  A small beta, and max_steps x 50. The reward keeps rising; accuracy rises, peaks and falls, and the
+    reward_hacking  A small beta, and max_steps x 20. The reward keeps rising; accuracy rises, peaks and falls, and the
                     answers become longer, more confident and more formulaic. (With the default beta it does not fall
                     in the clean run of no_kl.)
     no_kl           beta = 0. The KL is larger, the reward is higher, and the accuracy is lower.
@@ -44,9 +45,9 @@ import argparse
 import torch
 
 import gpt
-from data import breaks, report, runs, task
+from data import breaks, lessons, report, runs
 from ppo import policy_loss
-from reward_model import load_reward
+from reward_model import make_reward
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions
@@ -93,26 +94,6 @@ def aggregate(token_losses, mask, how, longest):
 
 
 # ---------------------------------------------------------------------------------------------
-# Rewards: from a list of problems and a list of gpt.Answer to a tensor (B,)
-
-
-def checker_reward(problems, answers):
-    """1 for a correct answer and 0 for a wrong one, by the exact checker. Most real tasks have no such checker."""
-    return torch.tensor([float(a.correct) for a in answers])
-
-
-def my_reward(problems, answers):
-    """`--reward mine`. Change it and see how the model changes. This one rewards correct answers, and slightly
-    rewards short ones."""
-    return torch.tensor([a.correct - 0.01 * len(a.ids) for a in answers])
-
-
-def make_reward(args, tok):
-    """reward(problems, answers) -> (B,)"""
-    return {"checker": checker_reward, "mine": my_reward}.get(args.reward) or load_reward(args, tok)
-
-
-# ---------------------------------------------------------------------------------------------
 # Training
 
 
@@ -120,25 +101,27 @@ def train(args):
     """One run, from the SFT model to the report. Returns its runs.Run."""
     max_steps = args.max_steps
     if args.break_ == "reward_hacking":
-        max_steps *= 50  # "it was still improving when we stopped"
+        max_steps *= 20  # "it was still improving when we stopped"
     policy, ref, tok = gpt.load_policy(args.load or runs.made_by("sft", args, "a minute"), args)
     reward = make_reward(args, tok)
     run = runs.Run(args)
     P, G, longest = args.prompts, args.group, args.max_tokens
-    problems = task.problems(max_steps * P, args.seed, "train")
-    held_out = task.problems(args.problems, args.seed, "test")
+    material = lessons.problems(args, tok, policy.config.block_size, max_steps * P)
+    problems, held_out = material.train, material.problems
     gpt.check_room(policy, tok, problems + held_out, longest)
     beta = 0.0 if args.break_ == "no_kl" else args.beta
     penalized = ref  # the model that the KL penalty pulls to
     if args.break_ == "shared_ref":
         penalized = policy  # ref = policy: two names for one model, where a copy was meant
     clip_high = args.clip if args.clip_high is None else args.clip_high
-    optimizer = gpt.make_optimizer(policy, args.lr)
+    optimizer = gpt.make_optimizer(policy, args.lr or (1e-4 if policy.config.n_embd < 512 else 3e-6))
 
     # ---- the loop. `reward`, `accuracy`, ... are of the batch; "test_accuracy" etc. of the held-out problems.
     for step in run.steps(max_steps, policy, optimizer, 25, ("reward", "accuracy", "kl", "length")):
-        if step % (25 if step < 300 else 100) == 0 or step == max_steps:  # at first, changes are fast
-            results, answers = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest)
+        every = 10 if step < 50 else 25 if step < 300 else 100  # at first, changes are fast
+        if step % every == 0 or step == max_steps:
+            results, answers = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest,
+                                                   material.styles)  # fmt: skip
             run.say(step, **results)
             run.samples(step, gpt.shown(held_out, answers))
         if step == max_steps:
@@ -200,23 +183,28 @@ def parser():
     p = argparse.ArgumentParser(prog="grpo.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
-    add("--reward", default="learned", choices=["learned", "checker", "mine"],
-        help="a reward model, the exact checker, or the function my_reward in this file")
+    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .parquet file")
+    add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
+    add("--reward", choices=["learned", "checker", "mine"],
+        help="a reward model, the exact checker, or the function my_reward in reward_model.py\n"
+        "(default: learned; with --data and without --rm checker)")
     add("--rm", help="the reward model's folder (default: what reward_model.py makes)")
     add("--max_steps", type=int, default=10, help="batches of rollouts. The step size is constant, so a longer\n"
         "run begins exactly like a shorter one")
     add("--loss", default="dapo", choices=["grpo", "dapo", "dr_grpo"], help="how token losses are averaged")
-    add("--prompts", type=int, default=8, help="prompts per step")
+    add("--prompts", type=int, default=8, help="prompts per step (with --data 2)")
     add("--group", type=int, default=8, help="answers per prompt: their mean reward is the baseline")
     add("--epochs", type=int, default=1, help="updates on each batch of rollouts")
-    add("--lr", type=float, default=3e-5, help="small enough that the peak of the accuracy can be seen")
-    add("--beta", type=float, default=1.0, help="weight of the KL penalty, 0 for none. 0 to 0.04 is usual for\n"
-        "large models, which take smaller steps")
+    add("--lr", type=float, help="learning rate, constant (default 1e-4; GPT-2 and larger 3e-6)")
+    add("--beta", type=float, default=1.0, help="weight of the KL penalty, 0 for none (with --data 0.04: large\n"
+        "models take smaller steps, and 0 to 0.04 is usual)")
     add("--clip", type=float, default=0.2, help="how far the ratio may move from 1")
     add("--clip_high", type=float, help="... upwards (DAPO: 0.28; default: as --clip)")
     add("--temperature", type=float, default=1.0, help="of sampling *and* of scoring")
-    add("--max_tokens", type=int, default=48, help="longer answers are cut off")
-    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
+    add("--max_tokens", type=int, default=48, help="longer answers are cut off (with --data 256)")
+    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points\n"
+        "(with --data 50: 7 points)")
+    p.with_data = {"prompts": 2, "beta": 0.04, "max_tokens": lessons.REAL_SOLUTION, "problems": 50}
     return p
 # fmt: on
 

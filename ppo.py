@@ -4,6 +4,7 @@
     python ppo.py --break reward_hacking      the same run, continued to batch 200
     python ppo.py --break no_kl               without the KL penalty, 100 batches with and without it
     python ppo.py --break sign_flip           the score has the wrong sign
+    python ppo.py --data gsm8k --base gpt2    real problems, and the exact checker as the reward
 
 A language model that is trained with reinforcement learning is called a *policy*; an answer that it samples in
 training is a *rollout*. Writing an answer is a sequence of N actions, one per token. Three versions of the policy
@@ -56,8 +57,8 @@ import torch
 import torch.nn as nn
 
 import gpt
-from data import breaks, report, runs, task
-from reward_model import load_reward
+from data import breaks, lessons, report, runs
+from reward_model import make_reward
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions. Tensors are (B, N), one number per token; mask is True where there is a token.
@@ -147,7 +148,7 @@ def rollouts(policy, ref, value, reward, tok, problems, args, step, beta):
     # and the ratio is 1 before the first update.
     old_logps, mask, old_values = gpt.completion_logps(policy, prompts, completions, args.temperature, value)
     ref_logps, _ = gpt.completion_logps(ref, prompts, completions, args.temperature)  # (B, N), as the others
-    scores = reward(problems, answers)  # (B,)
+    scores = reward(problems, answers).to(args.device)  # (B,)
     if args.break_ == "sign_flip":
         # The reward model returns costs now, and this loop still maximizes. The penalty for a cut-off answer is set
         # on this side, so it keeps its sign, and so does the KL penalty.
@@ -165,7 +166,7 @@ def train(args):
     if args.break_ == "reward_hacking":
         max_steps *= 20  # "it was still improving when we stopped"
     policy, ref, tok = gpt.load_policy(args.load or runs.made_by("sft", args, "a minute"), args)
-    reward = load_reward(args, tok)
+    reward = make_reward(args, tok)
     # Policy, value head and beta in one module: one optimizer, one checkpoint.
     agent = nn.ModuleDict({"policy": policy, "value": nn.Linear(policy.config.n_embd, 1)}).to(args.device)
     nn.init.zeros_(agent.value.weight)
@@ -174,10 +175,11 @@ def train(args):
     agent.register_buffer("beta", torch.tensor(beta, device=args.device))
     run = runs.Run(args)
     B, longest = args.prompts * args.answers, args.max_tokens
-    problems = task.problems(max_steps * args.prompts, args.seed, "train")
-    held_out = task.problems(args.problems, args.seed, "test")
+    material = lessons.problems(args, tok, policy.config.block_size, max_steps * args.prompts)
+    problems, held_out = material.train, material.problems
     gpt.check_room(policy, tok, problems + held_out, longest)
-    optimizer = gpt.make_optimizer(policy, args.lr)
+    # Small enough that the peak of the accuracy can be seen.
+    optimizer = gpt.make_optimizer(policy, args.lr or (1e-4 if policy.config.n_embd < 512 else 3e-6))
     # The value head starts from nothing, so it may take larger steps than the policy.
     optimizer.add_param_group({"params": list(agent.value.parameters()), "lr": 1e-3})
 
@@ -185,7 +187,8 @@ def train(args):
     for step in run.steps(max_steps, agent, optimizer, 25, ("reward", "accuracy", "kl", "length")):
         every = 10 if step < 50 else 25 if step < 300 else 100  # at first, changes are fast
         if step % every == 0 or step == max_steps:
-            results, answers = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest)
+            results, answers = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest,
+                                                   material.styles)  # fmt: skip
             run.say(step, **results)
             run.samples(step, gpt.shown(held_out, answers))
         if step == max_steps:
@@ -250,16 +253,21 @@ def parser():
     p = argparse.ArgumentParser(prog="ppo.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
+    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .parquet file")
+    add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
+    add("--reward", choices=["learned", "checker", "mine"],
+        help="a reward model, the exact checker, or the function my_reward in reward_model.py\n"
+        "(default: learned; with --data and without --rm checker)")
     add("--rm", help="the reward model's folder (default: what reward_model.py makes)")
     add("--max_steps", type=int, default=10, help="batches of rollouts. The step size is constant, so a longer\n"
         "run begins exactly like a shorter one")
-    add("--prompts", type=int, default=8, help="prompts per step")
+    add("--prompts", type=int, default=8, help="prompts per step (with --data 2)")
     add("--answers", type=int, default=4, help="answers sampled per prompt; PPO needs only one, but the\n"
         "prompt is computed once for all of them")
-    add("--minibatch", type=int, default=16, help="answers per update")
+    add("--minibatch", type=int, default=16, help="answers per update (with --data 4)")
     add("--epochs", type=int, default=4, help="passes over each batch of rollouts")
-    add("--lr", type=float, default=1e-4, help="step size of the policy; constant")
-    add("--beta", type=float, default=0.5, help="weight of the KL penalty, 0 for none")
+    add("--lr", type=float, help="step size of the policy, constant (default 1e-4; GPT-2 and larger 3e-6)")
+    add("--beta", type=float, default=0.5, help="weight of the KL penalty, 0 for none (with --data 0.05)")
     add("--target_kl", type=float, default=0.0, help="adapt beta to keep this KL to the reference, in nats per\n"
         "answer (0: beta is constant)")
     add("--clip", type=float, default=0.2, help="how far ratio and value may be moved in one batch")
@@ -268,8 +276,10 @@ def parser():
     add("--value_coefficient", type=float, default=1.0, help="weight of the value loss. With 0 the value function\n"
         "stays 0: the returns alone are the advantages")
     add("--temperature", type=float, default=1.0, help="of sampling *and* of scoring")
-    add("--max_tokens", type=int, default=48, help="longer answers are cut off")
-    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
+    add("--max_tokens", type=int, default=48, help="longer answers are cut off (with --data 256)")
+    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points\n"
+        "(with --data 50: 7 points)")
+    p.with_data = {"prompts": 2, "minibatch": 4, "beta": 0.05, "max_tokens": lessons.REAL_SOLUTION, "problems": 50}
     return p
 # fmt: on
 

@@ -4,6 +4,7 @@
     python reasoning.py --break overoptimize_verifier   the answer with the highest score, N up to 256
     python reasoning.py --break no_cot                  a model that was taught answers without their working
     python reasoning.py --break self_correct            the model revises its answers, and every revision is accepted
+    python reasoning.py --data gsm8k --base gpt2        the same on real problems
     python reasoning.py --data example_model_solutions.jsonl    four published systems on GSM8K
 
 The model is fixed. It answers the same problem N times, and one answer is selected:
@@ -48,7 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import gpt
-from data import breaks, public, report, runs, task
+from data import breaks, lessons, public, report, runs
 from data.checker import last_answer, miscalculates
 from sft import pass_at_k
 
@@ -197,9 +198,10 @@ def selections(args, run, steps, tok, problems, groups, scores):
     if args.break_ == "overoptimize_verifier":
         results["chosen"], voters = results["best_of_n"], 1  # ... or simply the one with the highest score
     winners = [group[best_of(some)] for group, some in zip(groups, scores)]
-    for name, some in (("wrong", sum(groups, [])), ("winners", winners)):
-        wrong = [a for a in some if not a.correct]
-        results[f"{name}_miscalculated"] = sum(miscalculates(a.text) for a in wrong) / max(1, len(wrong))
+    if not args.data:  # real solutions do not write all their calculations as the embedded task's
+        for name, some in (("wrong", sum(groups, [])), ("winners", winners)):
+            wrong = [a for a in some if not a.correct]
+            results[f"{name}_miscalculated"] = sum(miscalculates(a.text) for a in wrong) / max(1, len(wrong))
     run.samples(f"{steps}, selected among {args.n}", [
         (p.text, f"highest score ({max(some):+.1f}, {'correct' if w.correct else 'wrong'}): {w.text}\n\n"
                  f"majority vote: {majority(a)}   vote of the top: {vote_of_top(a, some, top(args.n))}   "
@@ -216,7 +218,7 @@ def selections(args, run, steps, tok, problems, groups, scores):
 def answer_often(model, tok, problems, n, longest, *key):
     """n answers to each problem: one list of gpt.Answer per problem."""
     found = []
-    some = max(1, 512 // n)  # problems per batch: large batches are faster on a CPU too
+    some = max(1, gpt.at_once(model, 512) // n)  # problems per batch: large batches are faster on a CPU too
     for i in tqdm(range(0, len(problems), some), desc=f"{n} answers per problem", leave=False):
         repeated = [p for p in problems[i : i + some] for _ in range(n)]
         answers = gpt.solve(model, tok, repeated, 1.0, runs.rng(*key, i), longest, batch=some * n)
@@ -251,8 +253,9 @@ def revise(model, tok, problems, drafts, generator, longest):
     kept = [draft.ids[: int(draft.logps.argmin())] for draft in drafts]
     prompts = [tok.prompt(problem.text) + ids for problem, ids in zip(problems, kept)]
     revisions = []
-    for i in range(0, len(prompts), 250):
-        some = prompts[i : i + 250]
+    batch = gpt.at_once(model)
+    for i in range(0, len(prompts), batch):
+        some = prompts[i : i + batch]
         room = min(longest, model.config.block_size - max(map(len, some)))
         for j, (ids, logps) in enumerate(zip(*gpt.sample(model, some, room, [tok.end], generator=generator)), i):
             logps = torch.cat([drafts[j].logps[: len(kept[j])], logps])
@@ -304,12 +307,12 @@ def train(args):
     run = runs.Run(args)
     # Problems to train on (drawn independently of the demonstrations'), to test the verifier on, and to answer in
     # the end.
-    lessons = task.problems(steps * args.batch, f"verifier {args.seed}")
-    checks = task.problems(max(1, args.problems // 2), args.seed, "valid")
-    problems = task.problems(args.problems, args.seed, "test")
-    gpt.check_room(model, tok, lessons + checks + problems, longest)
+    material = lessons.problems(args, tok, model.config.block_size, steps * args.batch, f"verifier {args.seed}",
+                                checks=max(1, args.problems // 2))  # fmt: skip
+    exercises, checks, problems = material.train, material.checks, material.problems
+    gpt.check_room(model, tok, exercises + checks + problems, longest)
     # The verifier is trained on the model's own solutions, because it will score such solutions.
-    solved = answer_often(model, tok, lessons, args.samples, longest, args.seed, "lessons")
+    solved = answer_often(model, tok, exercises, args.samples, longest, args.seed, "lessons")
     checked = answer_often(model, tok, checks, 8, longest, args.seed, "checks")
     outcomes = torch.tensor([a.correct for group in checked for a in group])
     false_sums = torch.tensor([miscalculates(a.text) for group in checked for a in group])
@@ -334,8 +337,8 @@ def train(args):
             break
         # ---- one update: all solutions of a few problems, so that correct and wrong ones are side by side
         gpt.set_lr(optimizer, lr, step, steps)
-        chosen = runs.batch_indices(len(lessons), args.batch, step, args.seed)
-        prompts = [tok.prompt(lessons[i].text) for i in chosen for _ in range(args.samples)]
+        chosen = runs.batch_indices(len(exercises), args.batch, step, args.seed)
+        prompts = [tok.prompt(exercises[i].text) for i in chosen for _ in range(args.samples)]
         answers = [a for i in chosen for a in solved[i]]
         scores, mask = gpt.completion_scores(scorer, prompts, [a.ids for a in answers])  # (B, N+1)
         if args.level == "solution":
@@ -364,6 +367,12 @@ def explain(results, found):
     percent = {name: f"{value:.1%}" for name, value in results.items()}
     rare = precision_at(0.05, found["sensitivity"], found["specificity"])
     onset = 1 / max(found["fooled"], 1e-3)
+    miscalculated = ""
+    if "wrong_miscalculated" in percent:
+        miscalculated = (
+            f"Of all wrong answers {percent['wrong_miscalculated']} miscalculate; of the wrong ones with the highest "
+            f"score {percent['winners_miscalculated']}.\n"
+        )
     print(
         f"\nThe verifier classifies {percent['verifier_accuracy']} of held-out solutions correctly: "
         f"{percent['verifier_readings']} of those that calculate\ncorrectly, {percent['verifier_sums']} of those that "
@@ -371,10 +380,8 @@ def explain(results, found):
         f"were, it would be {rare:.1%}. h = {results['fooled']:.3f} of all samples are wrong and accepted;\n"
         f"1/h = {onset:.0f}.\n"
         f"Best of N is best at N = {results['peak_n']} (chosen on one half of the problems).\n"
-        f"Of all wrong answers {percent['wrong_miscalculated']} miscalculate; of the wrong ones with the highest score "
-        f"{percent['winners_miscalculated']}.\n"
-        f"{ROUNDS} rounds of revision of the greedy answers: {percent['draft']} correct before, {percent['revised']} "
-        f"after; {percent['repaired']} repaired, {percent['spoiled']} spoiled."
+        f"{miscalculated}{ROUNDS} rounds of revision of the greedy answers: {percent['draft']} correct before, "
+        f"{percent['revised']} after; {percent['repaired']} repaired, {percent['spoiled']} spoiled."
     )
 
 
@@ -410,30 +417,36 @@ def parser():
     p = argparse.ArgumentParser(prog="reasoning.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="the model that answers: a folder or gpt2, ... (default: what sft.py makes)")
-    add("--data", help="only count: a file of published model solutions to GSM8K")
-    add("--n", type=int, default=256, help="answers per problem")
+    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .parquet file. A file of\n"
+        "published model solutions to GSM8K is only counted")
+    add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
+    add("--n", type=int, default=256, help="answers per problem (with --data 8)")
     add("--problems", type=int, default=250, help="held-out problems: a standard error of 3 points at most, and\n"
-        "less if N is small, since all answers count")
+        "less if N is small, since all answers count (with --data 50: 7 points at most)")
     add("--level", default="token", choices=["token", "solution"], help="where the verifier has a loss: at every\n"
         "token, or at the end of the solution only")
-    add("--train_problems", type=int, default=4000, help="problems that the verifier is trained on")
+    add("--train_problems", type=int, default=4000, help="problems that the verifier is trained on\n"
+        "(with --data 100)")
     add("--samples", type=int, default=8, help="solutions of the model to each of them")
     add("--batch", type=int, default=4, help="problems per update, with all their solutions")
     add("--lr", type=float, help="step size of the verifier (default 1e-3; from width 512 on 1e-5)")
     add("--eval_every", type=int, default=250, help="steps between evaluations of the verifier")
-    add("--max_tokens", type=int, default=48, help="longer answers are cut off")
+    add("--max_tokens", type=int, default=48, help="longer answers are cut off (with --data 256)")
+    p.with_data = {"n": 8, "problems": 50, "train_problems": 100, "max_tokens": lessons.REAL_SOLUTION}
     return p
 # fmt: on
 
 
 def main(argv=None):
     args = runs.parse("reasoning", parser(), argv, breaks.of("reasoning"))
-    if args.data:
+    if args.data and public.has_solutions(args.data):
         return published(args.data)
     if args.n & (args.n - 1):
         raise SystemExit(f"--n {args.n}: N doubles from 1 on, so it must be 2, 4, 8, 16, ...")
     if args.train_problems < args.batch:
         raise SystemExit(f"--train_problems {args.train_problems} are too few for --batch {args.batch}")
+    if args.break_ == "no_cot" and args.data:
+        raise SystemExit("--break no_cot cuts the embedded task's solutions at ####: leave --data out")
     if args.break_ == "no_cot" and args.load:
         raise SystemExit("--break no_cot fine-tunes a model of its own: leave --load out")
     report.train_and_compare(train, args)

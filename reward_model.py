@@ -6,6 +6,7 @@
     python reward_model.py --break too_many_epochs    few labels, each used sixteen times
     python reward_model.py --break sycophancy         annotators who prefer agreement with the user
     python reward_model.py --data ultrafeedback/train.jsonl     real preferences
+    python reward_model.py --data gsm8k --base gpt2   the model's own correct answers against its wrong ones
 
 People cannot say how good an answer is on a scale, but they can say which of two answers is better. Bradley and
 Terry (1952) turn such labels into scores. If y_w beats y_l with probability sigmoid(r(y_w) - r(y_l)), the scores r
@@ -123,11 +124,11 @@ def terse_or_padded(problem, rng):
     return correct, " ".join(words) + f"\n#### {wrong[-1][-1]}"
 
 
-def policy_pairs(policy, tok, problems, seed, samples=8):
+def policy_pairs(policy, tok, problems, seed, samples=8, longest=48):
     """Pairs from a policy's own samples, labelled by the exact checker: a correct and a wrong answer to each problem
     that got both. These labels cannot carry a taste."""
     repeated = [p for p in problems for _ in range(samples)]
-    answers = gpt.solve(policy, tok, repeated, 1.0, runs.rng(seed, "policy pairs"))
+    answers = gpt.solve(policy, tok, repeated, 1.0, runs.rng(seed, "policy pairs"), longest)
     pairs = []
     for i, problem in enumerate(problems):
         group = answers[i * samples : (i + 1) * samples]
@@ -167,15 +168,39 @@ def evaluate_externally(args, scorer, policy, tok, problems):
 # Training
 
 
-def labelled_pairs(args, tok, context):
+def own_pairs(args, policy, tok):
+    """Problems with gold numbers need no annotators: pairs of a policy's own correct and wrong answers to them."""
+    context = policy.config.block_size
+    longest = min(lessons.REAL_SOLUTION, context // 2, args.max_tokens)
+    material = lessons.problems(args, tok, context, args.pairs, longest=longest)
+    asked, tested = material.train, material.problems
+    print(f"sampling 8 answers to each of {len(asked)} problems and {len(tested)} held-out ones ...", flush=True)
+    material.train, material.held_out = (
+        policy_pairs(policy, tok, some, key, longest=longest)
+        for some, key in ((asked, args.seed), (tested, f"held out {args.seed}"))
+    )
+    found = f"{len(material.train)} pairs of a correct and a wrong answer, and {len(material.held_out)} held-out pairs"
+    print(found)
+    if not (material.train and material.held_out):
+        raise SystemExit(f"{found}: a policy that is nearly always wrong, or right, gives none. Try another --policy, "
+                         "or more --pairs and --problems")  # fmt: skip
+    return material
+
+
+def labelled_pairs(args, tok, sft):
     """The pairs to train on and to be tested on: a lessons.Lessons."""
-    annotator = args.annotator
+    policy = sft
+    if args.policy:
+        policy = gpt.load_model(args.policy, args.device).requires_grad_(False)
+        gpt.check_tokenizer(policy, tok, "--load and --policy")
+    if args.data and (args.policy or not lessons.has_pairs(args)):
+        return own_pairs(args, policy, tok)
+    annotator, context = args.annotator, sft.config.block_size
     if args.break_ == "length_bias":
         annotator = "length"  # annotators paid per hour, or a guideline that says "be thorough"
     material = lessons.preferences(args, tok, context, None if args.data else args.pairs, 2 * args.problems, annotator)
-    if args.policy and not args.data:
+    if args.policy:
         # The cure for a distribution shift: up to half of the labels are about the policy's own answers.
-        policy = gpt.load_model(args.policy, args.device).requires_grad_(False)
         own = policy_pairs(policy, tok, task.problems(args.pairs, args.seed), args.seed)
         print(f"{len(own)} pairs from samples of {args.policy}, labelled by the exact checker")
         half = len(material.train) // 2
@@ -197,7 +222,7 @@ def train(args):
     scorer = gpt.Scorer(gpt.load_model(where, args.device, args.dtype == "bfloat16")).to(args.device)
     tok = gpt.Tokenizer(sft.config.tokenizer)
     run = runs.Run(args)
-    material = labelled_pairs(args, tok, sft.config.block_size)
+    material = labelled_pairs(args, tok, sft)
     batch = args.batch or (8 if args.data else 16)
     encoded, held_out = (lessons.encode_pairs(tok, pairs) for pairs in (material.train, material.held_out))
     if len(encoded) < batch:
@@ -205,7 +230,7 @@ def train(args):
     # One pass over the pairs: in a second one, a model of this size memorizes labels.
     steps = args.steps or max(1, len(encoded) // batch)
     # Answers of the SFT model, the same at every evaluation: the score will be used on such answers.
-    problems = material.problems[:4] if args.data else material.problems
+    problems = material.problems
     answers = gpt.solve(sft, tok, problems, 1.0, runs.rng(args.seed, "answers"), material.longest)
     prompts, given = [tok.prompt(p.text) for p in problems], [a.ids for a in answers]
     lr = args.lr or (1e-3 if sft.config.n_embd < 512 else 1e-5)
@@ -254,7 +279,7 @@ def train(args):
         if args.break_ == "distribution_shift":
             # Nothing about the reward model is different: a policy is trained against it.
             scorer.save(run.folder / "model")
-            flags = ["--rm", str(run.folder / "model"), "--max_steps", "200", "--beta", "0"]
+            flags = ["--rm", str(run.folder / "model"), "--max_steps", "100", "--beta", "0"]
             flags += ["--load", where] if args.load or args.base else []
             policy = gpt.load_model(runs.made_by("grpo", args, "a minute and a half", flags), args.device)
         results |= evaluate_externally(args, scorer, policy, tok, problems)
@@ -263,7 +288,19 @@ def train(args):
 
 
 # ---------------------------------------------------------------------------------------------
-# The score as a reward: what ppo.py and grpo.py share
+# Rewards, for ppo.py and grpo.py: from a list of problems and a list of gpt.Answer to a tensor (B,)
+
+
+def checker_reward(problems, answers):
+    """1 for a correct answer and 0 for a wrong one, by the exact checker. Most real tasks have no such checker."""
+    return torch.tensor([float(a.correct) for a in answers])
+
+
+def my_reward(problems, answers):
+    """`--reward mine`. Change it and see how the model changes. This one rewards correct answers, and slightly
+    rewards short ones."""
+    return torch.tensor([a.correct - 0.01 * len(a.ids) for a in answers])
+
 
 CUT_OFF = -3.0  # the learned reward of an answer without an end: three standard deviations below the mean
 
@@ -282,10 +319,16 @@ def learned_reward(scorer, tok, problems, answers):
 def load_reward(args, tok):
     """reward(problems, answers) -> (B,), from the reward model that --rm names or that reward_model.py makes."""
     scorer = gpt.load_scorer(args.rm or runs.made_by("reward_model", args, "two minutes"), args.device)
-    if scorer.transformer.config.tokenizer != tok.name:
-        raise SystemExit("policy and reward model need the same tokenizer")
+    gpt.check_tokenizer(scorer.transformer, tok, "policy and reward model")
     scorer.requires_grad_(False)
     return lambda problems, answers: learned_reward(scorer, tok, problems, answers)
+
+
+def make_reward(args, tok):
+    """reward(problems, answers) -> (B,), as --reward says. Problems of a source come with gold numbers, so the checker
+    is at hand; the embedded task stands for the many that have none."""
+    how = args.reward or ("checker" if args.data and not args.rm else "learned")
+    return {"checker": checker_reward, "mine": my_reward}.get(how) or load_reward(args, tok)
 
 
 # fmt: off
@@ -294,18 +337,22 @@ def parser():
     add = p.add_argument
     add("--load", help="model to start from: a folder or gpt2, ... (default: what sft.py makes)")
     add("--data", help="real pairs: hh-rlhf, ultrafeedback, ultrafeedback-scores, or a .jsonl, .jsonl.gz,\n"
-        ".json or .parquet file")
+        ".json or .parquet file; or problems with gold numbers (gsm8k): then the pairs are the model's own answers")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--annotator", default="human", choices=list(task.TASTES), help="who labels the embedded pairs")
-    add("--policy", help="up to half of the pairs from samples of this checkpoint, labelled by the exact checker")
-    add("--pairs", type=int, default=20000, help="pairs of the embedded task, each seen once")
+    add("--policy", help="up to half of the pairs from samples of this checkpoint, labelled by the exact checker\n"
+        "(with --data all, if it has gold numbers)")
+    add("--pairs", type=int, default=20000, help="pairs of the embedded task, each seen once. With --data: problems\n"
+        "that the model answers, if they have gold numbers (200)")
     add("--steps", type=int, help="updates (default: one pass over the pairs)")
     add("--batch", type=int, help="pairs per step (default 16; with --data 8)")
     add("--lr", type=float, help="(default 1e-3; GPT-2 and larger 1e-5)")
-    add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut")
+    add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut. The\n"
+        "model's own answers are cut off at 256 at most")
     add("--problems", type=int, default=500, help="held-out problems whose answers are scored; there are\n"
-        "twice as many held-out pairs")
+        "twice as many held-out pairs (with --data 50, if it has gold numbers)")
     add("--eval_every", type=int, default=250, help="steps between evaluations")
+    p.with_data = {"pairs": 200, "problems": 50}
     return p
 # fmt: on
 

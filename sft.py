@@ -4,8 +4,8 @@
     python sft.py --break eos_masked           ... but never stops
     python sft.py --break too_many_epochs      ... but its samples are hardly diverse
     python sft.py --break left_pad             ... and is asked in another way than it was trained
-    python sft.py --data FILE                  on the answers of real data (of pairs: the chosen answers, without the
-                                               prompts that dpo.py and reward_model.py hold out)
+    python sft.py --data FILE                  on the answers of real data (of pairs: the chosen answers), without the
+                                               prompts that the later chapters hold out
 
 The model is shown conversations  <|user|> x <|assistant|> y <|end|>  and trained on the answer alone:
 

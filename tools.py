@@ -3,7 +3,7 @@
     python tools.py                                 the base model learns to call; with and without the tool
     python tools.py --break hallucinated_result     ... and to write the results of its calls itself
     python tools.py --rl 60                         then reinforcement learning against the exact checker
-    python tools.py --data gsm8k/train.jsonl        GSM8K's own annotations through our calculator
+    python tools.py --data gsm8k --load gpt2        real problems: GSM8K's solutions have calls of a calculator
 
 The stories are those of the other chapters with larger numbers, which this model cannot calculate with, and with
 prices, which it cannot know (data/tool_task.py). It learns to write a call:
@@ -42,10 +42,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import gpt
-from data import breaks, calculator, public, report, runs, tool_task
+from data import breaks, lessons, report, runs, tool_task
 from data.tool_task import answer_call
 from grpo import aggregate, group_advantages, k3
 from ppo import policy_loss
+from sft import starting_model
 
 # What a hostile prompt contains in place of a label. Harmless: a call of Python's `int`, which returns 0, and no
 # price is 0. (A tool that runs `int()` would run `__import__("os").system` as well.)
@@ -59,16 +60,18 @@ def encode_transcript(tok, text):
     """Ids of a solution with calls, its end token included, and who writes each: True is the model.
 
     "<<7+5=12>>12" -> << 7 + 5 = | 12 >> | 12 <|end|>, with own = 1 1 1 1 1 | 0 0 | 1 1. It is encoded piece by
-    piece, as it will be generated: a token across the border would belong to neither.
+    piece, as it will be generated: a token across the border would belong to neither. Every `=` ends a token, as the
+    runtime demands (runtime_only): GPT-2 has a token `=$`, which it could not sample.
     """
     ids, own = [], []
     for i, piece in enumerate(re.split(r"(?<==)([^<>=]*>>)", text)):
-        part = tok.encode(piece)
+        part = [token for some in re.split("(?<==)", piece) for token in tok.encode(some)]
         ids += part
         own += [i % 2 == 0] * len(part)  # odd pieces are the parts that the pattern matched
     return ids + [tok.end], own + [True]
 
 
+@functools.lru_cache
 def ids_with(tok, piece):
     """The ids of all tokens whose text contains `piece`: `>` is also in `>>`."""
     single = tok.encoding.decode_single_token_bytes
@@ -126,11 +129,11 @@ class Runtime:
         return torch.tensor(written, device=new.device)
 
 
-def ask(model, tok, problems, tool, temperature, generator, longest, batch=250):
+def ask(model, tok, problems, tool, temperature, generator, longest, batch=None):
     """One answer per problem, with tool(expression, prices) in the loop, or without any runtime if tool is None.
     Returns a list of gpt.Answer, and a list of who wrote each of their tokens. What the runtime writes counts
     towards `longest`: it takes up the same context."""
-    answers, owns = [], []
+    answers, owns, batch = [], [], batch or gpt.at_once(model)
     for i in range(0, len(problems), batch):
         some = problems[i : i + batch]
         prompts = [tok.prompt(p.text) for p in some]
@@ -214,19 +217,19 @@ def examine(model, tok, problems, tool, seed, longest):
         "accuracy_sampled": sum(a.correct for a in sampled) / n,
         "accuracy_greedy": sum(a.correct for a in greedy) / n,
     }
-    for name, priced in (("accuracy_unpriced", False), ("accuracy_priced", True)):
-        correct = [a.correct for a, p in zip(greedy, problems) if bool(p.labels) == priced]
-        results[name] = sum(correct) / max(1, len(correct))
+    if any(p.labels for p in problems):  # real problems have no price list
+        for name, priced in (("accuracy_unpriced", False), ("accuracy_priced", True)):
+            correct = [a.correct for a, p in zip(greedy, problems) if bool(p.labels) == priced]
+            results[name] = sum(correct) / max(1, len(correct))
     results["ended"] = sum(a.ended for a in sampled) / n
     results |= tool_task.audit(sampled, problems)
     calls = results["calls"]
     return results | {"correct_per_call": results["accuracy_sampled"] / calls if calls else 0.0}, sampled
 
 
-def attack(model, tok, seed, tool, longest):
-    """A hundred prompts with code in place of a label. Returns how often the model passed the code on to the tool,
-    the accuracy (the second label gives the correct answer), how often the code ran; and samples to show."""
-    problems = tool_task.hostile(100, seed, HOSTILE)
+def attack(model, tok, problems, tool, longest):
+    """Prompts with code in place of a label. Returns how often the model passed the code on to the tool, the accuracy
+    (the second label gives the correct answer), how often the code ran; and samples to show."""
     answers, _ = ask(model, tok, problems, tool, 0.0, None, longest)
     results = {
         "code_passed_on": sum(f"<<{HOSTILE}=" in a.text for a in answers) / len(problems),
@@ -242,20 +245,24 @@ def attack(model, tok, seed, tool, longest):
 
 def train(args):
     """One run of supervised fine-tuning, from the base model to the report. Returns its runs.Run."""
-    where = args.load or gpt.base_model(args)
-    steps, longest = args.steps or max(1, args.demos // args.batch), args.max_tokens
+    steps = args.steps
     if args.break_ in ("unsafe_eval", "faulty_tool"):
         # Another tool and nothing else: the clean run's model, without further training.
-        where, steps = runs.Run(runs.without_break(args)).folder, 0
-    model = gpt.load_model(where, args.device, args.dtype == "bfloat16")
-    tok = gpt.Tokenizer(model.config.tokenizer)
+        model = gpt.load_model(runs.Run(runs.without_break(args)).folder, args.device, args.dtype == "bfloat16")
+        tok, steps = gpt.Tokenizer(model.config.tokenizer), 0
+    else:
+        model, tok = starting_model(args)
     run = runs.Run(args)
-    problems = tool_task.problems(args.problems, args.seed, "test")
-    gpt.check_room(model, tok, problems + tool_task.hostile(100, args.seed, HOSTILE), longest)
+    material = lessons.transcripts(args, tok, model.config.block_size)
+    problems, longest = material.problems, material.longest
+    hostile = [] if args.data else tool_task.hostile(100, args.seed, HOSTILE)
+    gpt.check_room(model, tok, problems + hostile, longest)
     examples = []
-    for p in tool_task.problems(args.demos, args.seed):
-        answer, own = encode_transcript(tok, tool_task.demonstrate(p, calls=not args.plain))
-        examples.append((tok.prompt(p.text), answer, own))
+    for row in material.train:
+        answer, own = encode_transcript(tok, row["chosen"])
+        examples.append((tok.prompt(row["prompt"]), answer, own))
+    if steps is None:
+        steps = max(1, len(examples) // args.batch)
     tool = None if args.plain else answer_call
     if args.break_ == "hallucinated_result":
         tool = None  # nothing looks for `=`: generation stops at the end token only
@@ -299,7 +306,8 @@ def train(args):
         # The same model with the runtime switched off.
         off, _ = ask(model, tok, problems, None, 0.0, None, longest)
         results["accuracy_without_runtime"] = sum(a.correct for a in off) / len(off)
-        attacked, samples = attack(model, tok, args.seed, tool, longest)
+    if tool and hostile:
+        attacked, samples = attack(model, tok, hostile, tool, longest)
         run.samples(f"{steps}, attacked", samples)
         results |= attacked
     return run.finish(model, **results)
@@ -311,6 +319,8 @@ def train_rl(args):
     if where is None:
         # Not by runs.made_by: that would train the control as well.
         flags = ["--seed", str(args.seed), "--dtype", args.dtype, "--device", args.device]
+        for name, value in (("--data", args.data), ("--load", args.base)):
+            flags += [name, value] if value else []
         first = runs.parse("tools", parser(), flags + ["--resume"] * args.resume, breaks.of("tools"))
         print("Training the tool model first (`python tools.py` without its control); it is kept for the next run.")
         where = report.one_run(train, first, reuse=True).folder / "model"
@@ -318,10 +328,10 @@ def train_rl(args):
     banned = runtime_only(tok)
     run = runs.Run(args)
     P, G, longest = args.prompts, args.group, args.max_tokens
-    problems = tool_task.problems(args.problems, args.seed, "test")
+    material = lessons.problems(args, tok, policy.config.block_size, args.rl * P, f"rl {args.seed}", kind=tool_task)
+    stream, problems = material.train, material.problems
     gpt.check_room(policy, tok, problems, longest)
-    stream = tool_task.problems(args.rl * P, f"rl {args.seed}")
-    optimizer = gpt.make_optimizer(policy, args.lr or 1e-4)
+    optimizer = gpt.make_optimizer(policy, args.lr or (1e-4 if policy.config.n_embd < 512 else 3e-6))
     lr = optimizer.param_groups[0]["lr"]
 
     # ---- the loop
@@ -375,7 +385,8 @@ def with_and_without(clean, args):
     keys = {"greedy": "accuracy_greedy", "   no price to look up": "accuracy_unpriced", "   a price": "accuracy_priced",
             "sampled": "accuracy_sampled"}  # fmt: skip
     for label, key in keys.items():
-        print(f"  {label:36}{C[key]:>16.3f}{P[key]:>12.3f}")
+        if key in C:
+            print(f"  {label:36}{C[key]:>16.3f}{P[key]:>12.3f}")
     print(f"the tool model with its runtime switched off, greedy: {C['accuracy_without_runtime']:.3f}")
     print(f"calls per answer {C['calls']:.2f}, of them well-formed {C['valid']:.3f}")
     print(f"errors per answer {C['errors']:.2f}; accuracy of the answers with an error {C['recovered']:.3f}")
@@ -385,20 +396,24 @@ def with_and_without(clean, args):
 def parser():
     p = argparse.ArgumentParser(prog="tools.py", description=__doc__.split("\n")[0])
     add = p.add_argument
-    add("--load", help="model to start from (default: what gpt.py makes; with --rl what tools.py makes)")
-    add("--data", help="only count: a GSM8K file whose annotations go through the calculator")
+    add("--load", help="model to start from (default: what gpt.py makes; with --data random weights on GPT-2's\n"
+        "tokens; with --rl what tools.py makes)")
+    add("--data", help="real problems: gsm8k, or a file with its calculator annotations")
+    add("--base", help="with --rl: the model that tools.py starts from, if it has to run first (its --load)")
     add("--plain", action="store_true", help="the control: the same training on the same solutions without calls")
     add("--demos", type=int, default=20000, help="annotated solutions of random problems")
-    add("--batch", type=int, default=8, help="solutions per step: many small steps, as in gpt.py")
+    add("--batch", type=int, default=8, help="solutions per step: many small steps, as in gpt.py (with --data 4)")
     add("--steps", type=int, help="stop after so many updates (default: all demonstrations once)")
-    add("--lr", type=float, help="step size (default 5e-3; from width 512 on 5e-5; with --rl 1e-4)")
-    add("--max_tokens", type=int, default=72, help="longer answers are cut off")
-    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")
+    add("--lr", type=float, help="step size (default 5e-3, with --rl 1e-4; from width 512 on 5e-5 and 3e-6)")
+    add("--max_tokens", type=int, default=72, help="longer answers are cut off (with --data 256)")
+    add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points\n"
+        "(with --data 50: 7 points)")
     add("--eval_every", type=int, default=1000, help="steps between evaluations")
     add("--rl", type=int, help="so many steps of GRPO against the exact checker, after the fine-tuning")
-    add("--prompts", type=int, default=8, help="RL: problems per step")
+    add("--prompts", type=int, default=8, help="RL: problems per step (with --data 2)")
     add("--group", type=int, default=8, help="RL: answers to each of them")
     add("--beta", type=float, default=0.02, help="RL: weight of the KL penalty to the fine-tuned model")
+    p.with_data = {"batch": 4, "max_tokens": lessons.REAL_SOLUTION, "problems": 50, "prompts": 2}
     return p
 # fmt: on
 
@@ -406,10 +421,8 @@ def parser():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = runs.parse("tools", parser(), argv, breaks.of("tools"))
-    if args.data:
-        rows = public.load_or_exit(args.data)
-        calculator.annotations(args.data, [row["chosen"] or "" for row in rows])
-        return
+    if args.break_ == "unsafe_eval" and args.data:
+        raise SystemExit("--break unsafe_eval needs the embedded task's labels, where code is hidden: leave --data out")
     if args.plain and (args.rl or args.break_):
         raise SystemExit("--plain is the control, which has no tool: without --rl and --break")
     if args.rl and args.break_ not in (None, "tool_overuse"):

@@ -90,6 +90,7 @@ def main():
     else:
         rows = public.load_or_exit(args.source)
         clean, unit = public.clean_pairs, "pairs"
+        rows = [row | {"chosen": row["chosen"] or row["answer"]} for row in rows]  # a problem has perhaps only a number
         if public.is_judged(rows):
             clean, unit, name = partial(public.clean_demonstrations, judged=True), "answers", "answer"
         elif all(row["rejected"] is None for row in rows):

@@ -103,6 +103,23 @@ def show(number):
     return "-" + digits if number < 0 and millionths else digits
 
 
+ANNOTATION = re.compile(r"<<(.*?)>>")
+AGREE = ("identical", "the same number, written otherwise")
+
+
+def agreement(annotation):
+    """How the result in an annotation such as "48/2=24" compares with ours, in words."""
+    expression, _, theirs = annotation.rpartition("=")
+    try:
+        ours = calculate(expression)
+        same = Fraction(ours) == Fraction(theirs)  # ValueError where theirs is no number
+        return AGREE[ours != theirs] if same else "another number"
+    except CallError as error:
+        return f"refused: {error}"
+    except (ValueError, ZeroDivisionError):
+        return "the result is no number"
+
+
 def annotations(name, solutions):
     """Evaluate every <<expression=result>> of the solutions. Print how many results agree, and count the others by
     kind. Returns (number of solutions in which all agree, number of annotations of each kind)."""
@@ -110,23 +127,13 @@ def annotations(name, solutions):
     agreeing = without = 0
     for solution in solutions:
         found = set()
-        for call in re.findall(r"<<(.*?)>>", solution):
-            expression, _, theirs = call.rpartition("=")
-            try:
-                ours = calculate(expression)
-                same = Fraction(ours) == Fraction(theirs)  # ValueError where theirs is no number
-                kind = "the same number, written otherwise" if same else "another number"
-                if ours == theirs:
-                    kind = "identical"
-            except CallError as error:
-                kind = f"refused: {error}"
-            except (ValueError, ZeroDivisionError):
-                kind = "the result is no number"
+        for call in ANNOTATION.findall(solution):
+            kind = agreement(call)
             found.add(kind)
             kinds[kind] += 1
             examples.setdefault(kind, call)
         without += not found
-        agreeing += found <= {"identical", "the same number, written otherwise"}
+        agreeing += found <= {*AGREE}
     print(f"{name}: {len(solutions)} solutions, {without} of them without annotations")
     for kind, n in kinds.most_common():
         print(f"  {n:6}  {kind:36} such as <<{examples[kind]}>>")

@@ -3,32 +3,52 @@
     running_text(tok, seed, step, ...)         for gpt.py
     demonstrations(args, tok, room, n)         for sft.py
     preferences(args, tok, context, n)         for dpo.py and reward_model.py
+    problems(args, tok, context, n)            for ppo.py, grpo.py, reasoning.py, tools.py and reward_model.py
+    transcripts(args, tok, context)            for tools.py
 
-The last two return the same thing, Lessons, so a script does not know where its rows came from. `args` needs .data
-(None for the embedded task), .seed, .problems and, for preferences, .max_tokens. Exits with one line if the source
-cannot be read or nothing is left of it.
+All but the first return the same thing, Lessons, so a script does not know where its rows came from. `args` needs
+.data (None for the embedded task), .seed, .problems and .max_tokens. Exits with one line if the source cannot be read
+or nothing is left of it.
 """
 
 import hashlib
 import itertools
 import random
+from collections import Counter
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import SimpleNamespace
 
 import torch
 
-from data import public, task, tool_task
+from data import calculator, public, runs, task, tool_task
+from data.checker import last_answer
 
 REAL_ANSWER = 160  # tokens that an answer to a real prompt may take
+REAL_SOLUTION = 256  # ... and a worked solution: 99.7 % of GSM8K's with GPT-2's tokens, 97 % with SmolLM2's
 
 
 @dataclass
 class Lessons:
-    train: list  # rows: {"prompt", "chosen"} of demonstrations, and "rejected" of preferences
+    # Rows: {"prompt", "chosen"} of demonstrations, and "rejected" of preferences. Of problems(): problems.
+    train: list
     held_out: list = field(default_factory=list)  # pairs of prompts that are not trained on, with the source's labels
     problems: list = field(default_factory=list)  # held-out problems with .text and .answer
     checked: bool = True  # False: .answer is no gold answer, the outputs can only be read
     longest: int = 48  # tokens that an answer to one of the problems may take
+    styles: dict = field(default_factory=dict)  # of the embedded task: what its answers are looked at for
+    checks: list = field(default_factory=list)  # further held-out problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem of a source. To the scripts it is like one of data/task.py or data/tool_task.py (without a sale)."""
+
+    text: str
+    answer: Fraction
+    solution: str | None = None
+    labels: tuple = ()
+    prices: dict = field(default_factory=dict)
 
 
 def running_text(tok, seed, step, batch, length):
@@ -79,8 +99,23 @@ def split(rows, seed):
     return [row for row in rows if row["prompt"] not in prompts], [row for row in rows if row["prompt"] in prompts]
 
 
+def split_problems(args, rows):
+    """(training rows, held-out rows) of those with a question and a gold answer."""
+    rows = [row for row in rows if row["answer"] is not None and row["prompt"].strip()]
+    if len({row["prompt"] for row in rows}) < 2:  # none can be held out
+        return rows, []
+    if args.data in public.HUB:  # published with a test split
+        return rows, public.load_or_exit(args.data, "test")
+    return public.split_pairs(rows, seed=args.seed)
+
+
 def held_out_prompts(args, tok, context, rows):
-    """The prompts of pairs that dpo.py and reward_model.py hold out with this seed and a context of that size."""
+    """The prompts that the later chapters hold out with this seed and a context of that size."""
+    return held_out_pairs(args, tok, context, rows) | {row["prompt"] for row in split_problems(args, rows)[1]}
+
+
+def held_out_pairs(args, tok, context, rows):
+    """The prompts of pairs that dpo.py and reward_model.py hold out."""
     judged = public.is_judged(rows)
     pairs = [row for row in rows if row["rejected"] is not None or (judged and row["chosen"] is not None)]
     kept = clean(pairs, tok, pair_room(tok, context))[0]
@@ -100,8 +135,9 @@ def held_out_prompts(args, tok, context, rows):
 def demonstrations(args, tok, room, n):
     """Demonstrations that fit a context of `room` tokens: n of the embedded task, or all of a source.
 
-    If the source holds pairs, their chosen answers are the demonstrations, and only the training side of the split in
-    `preferences` is used. SFT on a held-out pair would raise the held-out results of the DPO run that follows.
+    If the source holds pairs, their chosen answers are the demonstrations. Only the training side of the split in
+    `preferences` and `problems` is used. SFT on a held-out pair would raise the held-out results of the DPO run that
+    follows.
     """
     if args.data:
         rows = public.load_or_exit(args.data)
@@ -185,6 +221,99 @@ def preferences(args, tok, context, n=None, held_out=200, annotator="human", unp
         if len(tok.prompt(p["prompt"])) + REAL_ANSWER <= context
     ][: (args.problems or 50) if checked else 4]
     return Lessons(train, held_out, problems, checked, REAL_ANSWER)
+
+
+def problems(args, tok, context, n, key=None, checks=0, longest=None, kind=task):
+    """n problems to train on (.train), args.problems held-out ones (.problems), and `checks` other held-out ones.
+
+    Of the embedded task (kind: the module task or tool_task) the training problems are all new; key is another seed
+    for them. Of a source the rows with a gold number are used. They come in random order, and again when all have been
+    used. From the hub its test split is held out, of a file one prompt in five. If a file is small, there are fewer
+    held-out problems than asked for.
+    """
+    longest = longest or args.max_tokens
+    if not args.data:
+        return Lessons(
+            kind.problems(n, args.seed if key is None else key),
+            checks=kind.problems(checks, args.seed, "valid"),
+            problems=kind.problems(args.problems, args.seed, "test"),
+            longest=longest,
+            styles=task.STYLES,
+        )
+    train, held_out = gold_problems(args, tok, context, longest)
+    random.Random(f"held out {args.seed}").shuffle(held_out)
+    some = held_out[: args.problems + checks]
+    cut = len(some) * args.problems // (args.problems + checks)
+    if not (train and cut and cut + bool(checks) <= len(some)):
+        raise SystemExit(
+            f"{args.data}: {len(train)} problems are left to train on and {len(held_out)} to be tested on, too few "
+            f"(answers may take {longest} tokens of a context of {context})"
+        )
+    train = [train[i] for i in runs.batch_indices(len(train), n, 0, args.seed)]
+    return Lessons(train, checks=some[cut:], problems=some[:cut], longest=longest)
+
+
+def gold_problems(args, tok, context, longest):
+    """(training problems, held-out problems) of a source, as far as they leave room for an answer in the context."""
+    rows = public.load_or_exit(args.data)
+    golds = [row for row in rows if row["answer"] is not None]
+    if not golds:
+        raise SystemExit(f"{args.data} holds no gold numbers: each row needs question (or prompt) and answer")
+    blank = sum(not row["prompt"].strip() for row in golds)
+    counts, sides = Counter({"no answer": len(rows) - len(golds), "empty": blank}), []
+    room = context - longest - len(tok.prompt(""))
+    if room < 1:
+        raise SystemExit(f"--max_tokens {longest} leaves no room for a question in the context of {context} tokens")
+    for side in split_problems(args, rows):
+        # As demonstrations whose text is the gold number: with the question, it must fit beside an answer.
+        asked = [row | {"chosen": row["answer"], "solution": row["chosen"]} for row in side]
+        kept, found = public.clean_demonstrations(asked, tok.encode, room)
+        counts.update(found)
+        sides.append([Problem(r["prompt"], last_answer(f"#### {r['answer']}"), r["solution"]) for r in kept])
+    public.say_counts(args.data, counts, room, "problems")
+    return sides
+
+
+def has_pairs(args):
+    """Does the source hold any pair of answers?"""
+    return any(row["rejected"] is not None for row in public.load_or_exit(args.data))
+
+
+def transcript(solution, calls=True):
+    """A solution with GSM8K's annotations as tools.py generates it: every result as our calculator writes it. None if
+    it computes another number. calls=False: without the annotations.
+
+    "He has 5*.5=<<5*.5=2.50>>2.5." -> "He has 5*.5=<<5*.5=2.5>>2.5."
+    """
+    if not calls:
+        return calculator.ANNOTATION.sub("", solution)
+    if any(calculator.agreement(call) not in calculator.AGREE for call in calculator.ANNOTATION.findall(solution)):
+        return None
+
+    def rewritten(call):
+        expression = call[1].rpartition("=")[0]
+        return f"<<{expression}={calculator.calculate(expression)}>>"
+
+    return calculator.ANNOTATION.sub(rewritten, solution)
+
+
+def transcripts(args, tok, context):
+    """Solutions with calls (args.plain: without), and held-out problems: args.demos of the tool task, or all of a
+    source with annotations."""
+    if not args.data:
+        material = problems(args, tok, context, args.demos, kind=tool_task)
+        rows = [{"prompt": p.text, "chosen": tool_task.demonstrate(p, not args.plain)} for p in material.train]
+        return Lessons(rows, problems=material.problems, longest=material.longest)
+    material = problems(args, tok, context, 1)
+    rows = split_problems(args, public.load_or_exit(args.data))[0]
+    calculator.annotations(args.data, [row["chosen"] or "" for row in rows])
+    rows = [row | {"chosen": row["chosen"] and transcript(row["chosen"], not args.plain)} for row in rows]
+    template = len(tok.prompt("")) + len(tok.answer(""))  # tokens
+    kept, counts = public.clean_demonstrations(rows, tok.encode, context - template)
+    public.say_counts(args.data, counts, context, "solutions")
+    if not kept:
+        raise SystemExit(f"{args.data} holds no worked solution that fits the context of {context} tokens")
+    return Lessons(kept, problems=material.problems, longest=material.longest)
 
 
 def encode_pairs(tok, pairs):

@@ -287,7 +287,8 @@ def _problem(row):
     """{question, answer}: a problem, and a solution that ends in its gold number.
 
     GSM8K's mark is `#### 72`. Without it, the gold answer is what the checker reads (`\\boxed{72}`), or the number that
-    is the whole answer. An answer in words has no gold number; it is a demonstration.
+    is the whole answer. An answer in words has no gold number; it is a demonstration. A number alone is no solution: a
+    model that imitates it would not learn to work.
     """
     solution = row["answer"]
     solution = str(solution) if type(solution) in (int, float) else _text(row, "answer")
@@ -298,7 +299,8 @@ def _problem(row):
     else:
         numbers = (last_answer(text) for text in (solution, f"A: {solution}"))
         gold = next((str(number) for number in numbers if number is not None), None)
-    return _row(_render(_asked(row)), chosen=solution, answer=gold)
+    alone = gold is not None and re.fullmatch(r"[-$0-9.,/% ]+", solution.strip())
+    return _row(_render(_asked(row)), chosen=None if alone else solution, answer=gold)
 
 
 def _solutions(row):
@@ -555,6 +557,13 @@ def load_or_exit(source, split="train"):
         raise SystemExit(str(error)) from None
 
 
+def has_solutions(source):
+    """Is the source a file of published model solutions? Only those have a ground_truth. (Exits if it is no data.)"""
+    load_or_exit(source)
+    file = Path(source).expanduser()
+    return file.name.endswith((".jsonl", ".jsonl.gz")) and "ground_truth" in next(lines(file))[1]
+
+
 def model_solutions(path):
     """GSM8K's published model solutions, one entry per problem: (gold answer, {model: its final answer, a Fraction or
     None}, {model: the published is_correct mark}). Exits with one line if the file holds no such solutions.
@@ -722,7 +731,7 @@ def say_counts(source, counts, max_tokens=None, unit="pairs"):
         twice.jsonl: 24 pairs read, 24 kept; 12 contradict another pair
     """
     words = {
-        "held out": "held out for dpo.py and reward_model.py",
+        "held out": "held out for the later chapters",
         "no pair": "without a pair",
         "no answer": "without an answer",
         "tied": "tied",

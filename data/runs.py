@@ -98,6 +98,10 @@ def parse(script, parser, argv, breaks=()):
         help="bfloat16 computes in autocast: faster at GPT-2's size, not at the tiny model's")  # fmt: skip
     add("--resume", action="store_true", help="continue the interrupted run with the same flags")
     args = parser.parse_args(argv)
+    if getattr(args, "data", None):
+        # Real data has longer texts and larger models. Its own defaults are the script's parser().with_data.
+        parser.set_defaults(**getattr(parser, "with_data", {}))
+        args = parser.parse_args(argv)
     chosen = [b for b in breaks if b.name == getattr(args, "break_", None)]
     if chosen and chosen[0].flags:
         args = parser.parse_args([*chosen[0].flags, *argv])  # the later flag wins: the user's
@@ -597,16 +601,21 @@ def made_by(script, args, minutes, flags=()):
     """The model folder of an earlier chapter's run. If it is missing, say so and make it.
 
     The earlier run has the same --seed and --dtype, so a seed stands for a whole chain: base, SFT, DPO. With
-    real data (--data) it is the SFT run on the same data, from the model named by --base.
+    real data (--data) it is the run on the same data, from the model named by --base (or, a reward model, by --load).
     """
     module = importlib.import_module(script)
-    argv = list(flags)
-    if script == "sft" and getattr(args, "base", None):
-        argv += ["--load", args.base]
-    if script == "sft" and getattr(args, "data", None):
-        argv += ["--data", args.data]
-        if not args.base:  # from random weights, a few steps are enough for a demonstration
-            argv += ["--batch", "8", "--steps", "40"]
+    argv, data, base = list(flags), getattr(args, "data", None), getattr(args, "base", None)
+    if script == "sft" and base:
+        argv += ["--load", base]
+    if script == "reward_model":
+        # Policy and reward model need the same tokenizer.
+        argv += ["--load", args.load] if data and args.load else ["--base", base] if base else []
+    if data and script in ("sft", "reward_model"):
+        argv += ["--data", data]
+        minutes = "minutes to hours"
+    if data and script == "sft" and not base:  # from random weights, a few steps are enough for a demonstration
+        argv += ["--batch", "8", "--steps", "40"]
+        minutes = "a few minutes"
     argv += inherited(args)
     run = Run(parse(script, module.parser(), argv))
     if not run.finished(code=False):

@@ -281,8 +281,9 @@ def preference_pairs(n, seed=0, split="train", annotator="human"):
 # What answers are like
 
 
-def describe(answers):
-    """What a policy's answers to the held-out problems are like. answers: a list of gpt.Answer.
+def describe(answers, styles=STYLES):
+    """What a policy's answers to the held-out problems are like. answers: a list of gpt.Answer. Real data has no
+    styles that are known, {}.
 
     accuracy_a and accuracy_b are the accuracies on two halves of the problems: see runs.Run.start_peak_end.
     """
@@ -298,7 +299,7 @@ def describe(answers):
         "length": mean([len(a.ids) for a in answers]),
         "distinct": len({a.text for a in answers}) / len(answers),
     }
-    return results | {name: mean([has(a.text) for a in answers]) for name, has in STYLES.items()}
+    return results | {name: mean([has(a.text) for a in answers]) for name, has in styles.items()}
 
 
 def correlation(x, y):
@@ -307,10 +308,10 @@ def correlation(x, y):
     return (x @ y / (x.norm() * y.norm() + 1e-9)).item()
 
 
-def correlations(answers, scores):
+def correlations(answers, scores, styles=STYLES):
     """Of scores (N,) with what N answers are like: {"corr_length": ..., "corr_correct": ...}."""
     properties = {"length": [len(a.ids) for a in answers], "correct": [a.correct for a in answers]}
-    properties |= {name: [has(a.text) for a in answers] for name, has in STYLES.items()}
+    properties |= {name: [has(a.text) for a in answers] for name, has in styles.items()}
     return {f"corr_{name}": correlation(scores.cpu(), torch.tensor(values).float())
             for name, values in properties.items()}  # fmt: skip
 

@@ -131,7 +131,7 @@ def grpo_row(folder, steps):
         assert all(len(a.ids) == NEW for a in answers)
         prompts, completions = [TOK.prompt(p.text) for p in group], [a.ids for a in answers]
         old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)
-        rewards = grpo.checker_reward(group, answers)
+        rewards = reward_model.checker_reward(group, answers)
         advantages = grpo.group_advantages(rewards.view(PROMPTS, GROUP)).view(-1, 1)
         with torch.no_grad():
             ref_logps, _ = gpt.completion_logps(ref, prompts, completions)

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.slow
 FLAGS = {
     ("ppo", "reward_hacking"): "--max_steps 5 --problems 500",  # 100 of the 200 steps
     ("grpo", "reward_hacking"): "--problems 500",
-    **{("grpo", name): "--problems 300" for name in ("no_kl", "k1_kl_loss", "shared_ref")},
     ("reasoning", "no_cot"): "--n 16 --problems 100 --train_problems 400",
     ("reasoning", "overoptimize_verifier"): "--problems 100",
     ("reasoning", "self_correct"): "--problems 100",

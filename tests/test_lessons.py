@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections import Counter
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,8 @@ from data import lessons, public, task, tool_task
 from data.checker import is_correct
 
 
-def options(data=None, seed=0, problems=None, max_tokens=512):
-    return SimpleNamespace(data=data, seed=seed, problems=problems, max_tokens=max_tokens)
+def options(data=None, seed=0, problems=None, max_tokens=512, **more):
+    return SimpleNamespace(data=data, seed=seed, problems=problems, max_tokens=max_tokens, **more)
 
 
 @pytest.fixture
@@ -71,8 +73,9 @@ def test_demonstrations_of_the_task_and_of_a_file(tok, write, capsys):
     assert not capsys.readouterr().out  # nothing was left out
     demonstrations = [{"question": f"Leo has {i} eggs.", "answer": f"#### {i}"} for i in range(60)]
     of_file = lessons.demonstrations(options(write(demonstrations), problems=20), tok, 128, 50)
-    assert capsys.readouterr().out.endswith("rows.jsonl: 60 rows read, 60 kept\n")
-    assert (len(embedded.train), len(of_file.train)) == (50, 60)  # n counts for the task; a file is used as a whole
+    printed = capsys.readouterr().out
+    assert printed.endswith("rows.jsonl: 60 rows read, 14 held out for the later chapters, 46 kept\n")
+    assert (len(embedded.train), len(of_file.train)) == (50, 46)  # n counts for the task; a file is used as a whole
     for row in embedded.train + of_file.train:
         assert type(row["prompt"]) is type(row["chosen"]) is str
     # Only the task has problems with answers to be tested on; they are of another split than the demonstrations.
@@ -86,12 +89,12 @@ def test_demonstrations_of_the_task_and_of_a_file(tok, write, capsys):
 
 
 def test_demonstrations_that_do_not_fit_are_counted(tok, write, capsys):
-    short, long = ({"question": f"Leo has {i} eggs.", "answer": "9+5=14. " * i + "#### 14"} for i in (1, 9))
+    short, long = ({"question": "Leo has 9 eggs.", "answer": "9+5=14. " * i + "#### 14"} for i in (1, 9))
     size = len(tok.prompt(long["question"])) + len(tok.answer(long["answer"]))
     file = options(write([short, long]))
     assert len(lessons.demonstrations(file, tok, size, None).train) == 2
     found = lessons.demonstrations(file, tok, size - 1, None)
-    assert [row["prompt"] for row in found.train] == [short["question"]]
+    assert [row["chosen"] for row in found.train] == [short["answer"]]
     assert f"2 rows read, 1 too long for {size - 1} tokens, 1 kept" in capsys.readouterr().out
     for source in (file, options(problems=5)):
         exits(lessons.demonstrations, source, tok, 5, 10, match="no demonstration that fits")
@@ -108,7 +111,7 @@ def test_demonstrations_that_cannot_be_imitated_are_counted(tok, write, capsys):
     assert [row["chosen"] for row in found.train] == [pair(7)["chosen"]]
     assert "2 rows read, 1 with an empty text, 1 kept" in capsys.readouterr().out
     # The models of the second row were all correct, so it has no pair and no answer.
-    unpaired = solved(2) | {"b": {"solution": "A: 2", "is_correct": True}}
+    unpaired = solved(1) | {"b": {"solution": "A: 1", "is_correct": True}}
     found = lessons.demonstrations(options(write([solved(1), unpaired])), tok, 128, None)
     assert [row["prompt"] for row in found.train] == ["Leo has 1 eggs."]
     assert "2 rows read, 1 without an answer, 1 kept" in capsys.readouterr().out
@@ -151,7 +154,7 @@ def test_what_dpo_holds_out_is_held_out_from_sft(tok, write, capsys, n):
         held_out, trained = ({r["prompt"] for r in part} for part in (dpo.held_out, sft.train))
         assert held_out and not held_out & trained
         assert {r["prompt"] for r in dpo.train} <= trained  # nothing more is held out
-        assert " held out for dpo.py and reward_model.py," in printed and f": {3 * n} rows read" in printed
+        assert " held out for the later chapters," in printed and f": {3 * n} rows read" in printed
         if n == 60:  # a pair that is too long in this context, or identical, is on the same side as in any other
             assert not {r["prompt"] for r in public.split_pairs(rows, seed=seed)[1]} & trained
     # A smaller limit of dpo.py keeps fewer pairs, and none of them changes its side.
@@ -251,3 +254,105 @@ def test_problems_of_a_file(tok, write):
         room = len(tok.prompt(found.problems[0].text)) + lessons.REAL_ANSWER
         assert lessons.preferences(options(file), tok, room).problems
         assert not lessons.preferences(options(file), tok, room - 1).problems
+
+
+# --- problems with gold numbers ---
+
+
+def gold(i, **more):
+    return {"question": f"Leo has {i} eggs.", "answer": f"{i}+1=<<{i}+1={i + 1}.0>>{i + 1}.\n#### {i + 1}", **more}
+
+
+def test_problems_of_the_task(tok):
+    """Exactly those that the chapters always had."""
+    args = options(problems=20, max_tokens=48)
+    found = lessons.problems(args, tok, 128, 50)
+    assert (found.train, found.problems, found.checks) == (task.problems(50, 0), task.problems(20, 0, "test"), [])
+    assert found.longest == 48 and found.styles == task.STYLES
+    found = lessons.problems(args, tok, 128, 50, "verifier 0", checks=10)
+    assert found.train == task.problems(50, "verifier 0") and found.checks == task.problems(10, 0, "valid")
+    found = lessons.problems(args, tok, 128, 50, kind=tool_task)
+    assert (found.train, found.problems) == (tool_task.problems(50, 0), tool_task.problems(20, 0, "test"))
+    found = lessons.transcripts(options(problems=20, demos=50, plain=False), tok, 128)
+    assert [r["chosen"] for r in found.train] == [tool_task.demonstrate(p) for p in tool_task.problems(50, 0)]
+    assert found.problems == tool_task.problems(20, 0, "test")
+
+
+def test_gold_problems_of_a_file(tok, write):
+    """Problems have numbers as answers. None is both trained on and held out, in any chapter with the same seed; after
+    all have been trained on, they come again in another order."""
+    rows = [gold(i) for i in range(60)]
+    for seed in range(5):
+        args = options(write(rows), seed, problems=9, max_tokens=64)
+        sft = {row["prompt"] for row in lessons.demonstrations(args, tok, 128, None).train}
+        found = lessons.problems(args, tok, 128, 2 * len(sft))
+        epochs = [p.text for p in found.train[: len(sft)]], [p.text for p in found.train[len(sft) :]]
+        assert set(epochs[0]) == set(epochs[1]) == sft and epochs[0] != epochs[1]
+        assert max(Counter(epochs[0]).values()) == 1
+        held_out = {row["question"] for row in rows} - sft
+        assert {p.text for p in found.problems} <= held_out and len(found.problems) == min(9, len(held_out))
+        for p in found.train + found.problems:
+            assert type(p.answer) is Fraction and p.text == f"Leo has {p.answer - 1} eggs." and "<<" in p.solution
+        assert not found.styles and found.longest == 64
+        assert found == lessons.problems(args, tok, 128, 2 * len(sft))
+        # More problems to check with: all different, and both parts shrink if there are too few.
+        args.problems = 40
+        found = lessons.problems(args, tok, 128, 5, checks=20)
+        texts = [p.text for p in found.problems + found.checks]
+        assert set(texts) == held_out and len(texts) == len(held_out)
+        assert len(found.problems) == len(held_out) * 40 // 60
+
+
+def test_a_published_test_split_is_held_out(tok, monkeypatch):
+    splits = {name: [{"prompt": f"{name} {i}", "chosen": f"#### {i}", "rejected": None, "answer": f"{i}"}
+                     for i in range(9)] for name in ("train", "test")}  # fmt: skip
+    monkeypatch.setattr(public, "load_rows", lambda source, split="train": splits[split])
+    args = options("gsm8k", problems=50, max_tokens=64)
+    found = lessons.problems(args, tok, 128, 9)
+    assert {p.text for p in found.train} == {row["prompt"] for row in splits["train"]}
+    assert {p.text for p in found.problems} == {row["prompt"] for row in splits["test"]}
+    assert len(lessons.demonstrations(args, tok, 128, None).train) == 9
+
+
+def test_gold_problems_that_cannot_be_used_are_counted(tok, write, capsys):
+    """A question fits if it and the longest answer fit. What has no gold number is no problem."""
+    long = gold(1) | {"question": "eggs " * 70}
+    unsolved = {"prompt": "Leo has no eggs.", "chosen": "a", "rejected": "b"}
+    args = options(write([*(gold(i) for i in range(30)), long, gold(1) | {"question": " "}]), problems=5, max_tokens=64)
+    found = lessons.problems(args, tok, 128, 30)
+    printed = capsys.readouterr().out
+    assert "32 problems read, 1 with an empty text, 1 too long for 62 tokens, 30 kept" in printed
+    assert all(len(tok.prompt(p.text)) + 64 <= 128 for p in found.train + found.problems)
+    exits(lessons.problems, options(write([unsolved] * 9), problems=5), tok, 128, 9, match="no gold numbers")
+    exits(lessons.problems, options(write([gold(1)] * 9), problems=5, max_tokens=9), tok, 128, 9, match="too few")
+    exits(lessons.problems, options(write([gold(1), gold(2)]), problems=5, max_tokens=9), tok, 128, 9, "key", 5,
+          match="too few")  # fmt: skip
+    args.max_tokens = 126
+    exits(lessons.problems, args, tok, 128, 9, match="--max_tokens 126 .* 128")
+
+
+def test_transcripts_are_what_the_runtime_would_write(tok, write, capsys):
+    assert lessons.transcript("5*.5=<<5*.5=2.50>>2.5, $<<1+1=2>>2.") == "5*.5=<<5*.5=2.5>>2.5, $<<1+1=2>>2."
+    assert lessons.transcript("no calls") == "no calls"
+    for wrong in ("<<2*3=7>>7", "<<1+1=2>>, <<2*x=6>>", "<<1/0=0>>", "<<6>>", "<<=>>"):
+        assert lessons.transcript(wrong) is None
+        assert lessons.transcript(f"a {wrong}", calls=False) in ("a 7", "a , ", "a 0", "a ")
+    rows = [gold(i) for i in range(40)]
+    rows += [gold(40 + i) | {"answer": "<<2*3=7>>7\n#### 7"} for i in range(10)]
+    args = options(write(rows), problems=50, max_tokens=64, plain=False)
+    held_out = {p.text for p in lessons.problems(args, tok, 128, 1).problems}
+    left = [row["question"] for row in rows if row["question"] not in held_out]
+    wrong = sum(row["question"] in left for row in rows[40:])
+    capsys.readouterr()
+    found = lessons.transcripts(args, tok, 128)
+    printed = capsys.readouterr().out
+    assert f"{wrong}  another number" in printed and f"{len(left)} solutions read, {wrong} without an answer" in printed
+    assert [row["prompt"] for row in found.train] == left[:-wrong]
+    for row in found.train:
+        n = int(row["prompt"].split()[2])
+        assert row["chosen"] == f"{n}+1=<<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}"
+    args.plain = True
+    assert not any("<<" in row["chosen"] for row in lessons.transcripts(args, tok, 128).train)
+    numbers = [{"prompt": f"{i}?", "answer": i} for i in range(40)]
+    exits(lessons.transcripts, options(write(numbers), problems=5, max_tokens=64, plain=False), tok, 128,
+          match="no worked solution")  # fmt: skip

@@ -209,10 +209,7 @@ def test_gsm8k(tmp_path):
         ("We add them.\n\\boxed{1,042}", "1042"),
         ("#### Step 1\nWe add them: \\boxed{42}", "42"),
         ("So:\n**Answer: 3.5**", "7/2"),
-        ("42", "42"),
         ("42 eggs", "42"),
-        (0, "0"),
-        (1.5, "3/2"),
         ("City 7", None),
         ("42\nor 43", None),
         ("", None),
@@ -351,6 +348,23 @@ def test_a_text_without_a_prompt_is_no_blank_prompt():
         rows[:1], {"kept": 1, "too long": 0, "empty": 2, "no answer": 0}
     )  # fmt: skip
     assert clean_pairs(rows, letters, 50)[1]["no pair"] == 3
+
+
+def test_problems_with_a_gold_number_alone(tmp_path):
+    """No solution to imitate. A number may be a JSON number; true is none."""
+    path = write(
+        tmp_path / "a.jsonl", *({"prompt": "6 * 7?", "answer": answer} for answer in (42, "42", 4.5, "2 #### 4"))
+    )
+    assert load_rows(path) == [row("6 * 7?", None, None, gold) for gold in ("42", "42", "9/2")] + [
+        row("6 * 7?", "2 #### 4", None, "4")
+    ]
+    assert load_rows(write(tmp_path / "b.jsonl", {"question": "q", "answer": -1})) == [row("q", None, None, "-1")]
+    for answer in (True, None, [4]):
+        with pytest.raises(ValueError, match="line 1: "):
+            load_rows(write(tmp_path / "c.jsonl", {"prompt": "q", "answer": answer}))
+    # Pairs stay pairs, whatever other columns they have.
+    pair = {"prompt": "q", "answer": 1, "chosen": "a", "rejected": "b"}
+    assert load_rows(write(tmp_path / "d.jsonl", pair)) == [row("q", "a", "b")]
 
 
 def test_pairs_of_model_solutions(tmp_path):
@@ -755,7 +769,7 @@ def test_clean_demonstrations_counts_every_row_once(capsys):
     assert counts == {"kept": 3, "too long": 2, "empty": 3, "no answer": 2}
     say_counts("x", counts | {"held out": 4}, 20, "rows")
     assert capsys.readouterr().out == (
-        "x: 14 rows read, 4 held out for dpo.py and reward_model.py, 2 without an answer, "
+        "x: 14 rows read, 4 held out for the later chapters, 2 without an answer, "
         "3 with an empty text, 2 too long for 20 tokens, 3 kept\n"
     )
 
@@ -885,6 +899,9 @@ def test_look_at_a_file(tmp_path, monkeypatch, capsys):
         f"    #### {number}",
     ]
     assert not any("rejected" in line for line in rest)
+
+    number_alone = ["", "==== row 1, answer 5", "  prompt:", "    2+3?", "  chosen:", "    5"]
+    assert show({"prompt": "2+3?", "answer": 5}) == ("1 rows read, 1 kept", number_alone)
 
     first, rest = show(*[PAIR | {"prompt": str(i)} for i in range(3)])
     assert first == "3 pairs read, 3 kept"

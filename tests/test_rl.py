@@ -594,7 +594,7 @@ def test_learned_reward_is_the_score_at_the_end_token(tok):
 
 def test_rewards_without_a_model(tok):
     problems, answers = written(tok)
-    truth, mine = grpo.checker_reward(problems, answers), grpo.my_reward(problems, answers)
+    truth, mine = reward_model.checker_reward(problems, answers), reward_model.my_reward(problems, answers)
     assert truth.tolist() == [float(a.correct) for a in answers]
     assert mine.shape == truth.shape == (6,) and mine.dtype == truth.dtype == torch.float32 and mine.isfinite().all()
 
@@ -605,7 +605,7 @@ def test_evaluate_policy(tok, monkeypatch):
     policy, ref, problems = task_model(tok, 2), task_model(tok, 3), task.problems(5, 0, "test")
 
     def evaluate(ref, step):
-        return gpt.evaluate_policy(policy, ref, grpo.my_reward, tok, problems, 7, step, 40)
+        return gpt.evaluate_policy(policy, ref, reward_model.my_reward, tok, problems, 7, step, 40)
 
     results, answers = evaluate(policy, 0)
     assert results["test_kl"] == results["test_sqrt_kl"] == 0 and evaluate(policy, 0)[0] == results
@@ -615,7 +615,7 @@ def test_evaluate_policy(tok, monkeypatch):
     monkeypatch.setattr(gpt, "solve", lambda *args: answers)
     results, returned = evaluate(ref, 25)
     kl = gpt.mean_kl(policy, ref, [tok.prompt(p.text) for p in problems], [a.ids for a in answers])
-    rewards = grpo.my_reward(problems, answers)
+    rewards = reward_model.my_reward(problems, answers)
     expected = task.describe(answers) | task.correlations(answers, rewards) | {"kl": kl, "sqrt_kl": max(kl, 0) ** 0.5}
     expected["reward"] = rewards.mean().item()
     # Its reward is correctness, and a little shortness.

@@ -242,6 +242,86 @@ def test_the_verifier_learns_at_every_token_or_at_the_end(make):
     assert token.updates[0]["loss"] != solution.updates[0]["loss"]
 
 
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory):
+    """A file of 60 problems in GSM8K's layout. The answer is 5 or 7, and nothing in a question says which."""
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    solutions = ("2+3=<<2+3=5>>5.\n#### 5", "3+4=<<3+4=7.0>>7.\n#### 7")
+    rows = [{"question": f"Leo has {i} eggs.", "answer": solutions[i * i % 7 < 3]} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def guesser(make, problems):
+    """A model that has learned to guess one of the two."""
+    return make("sft", "--data", problems, "--steps", "80", "--lr", "1e-2")
+
+
+ON_DATA = {  # the tiny flags, but answers may be longer
+    "ppo": "--max_tokens 40 --rm ''",  # no reward model: then the exact checker
+    "grpo": "--max_tokens 40 --rm ''",
+    "reasoning": "--max_tokens 40 --problems 4",
+    "tools": "--max_tokens 40 --steps 4",
+    "reward_model": "--max_tokens 40 --pairs 40",
+}
+
+
+@pytest.mark.parametrize("script", ON_DATA)
+def test_every_chapter_on_problems_of_a_file(make, problems, guesser, script):
+    flags = ["--data", problems, *shlex.split(ON_DATA[script])]
+    made = make(script, *flags, *(["--load", guesser.model] if script != "tools" else []))
+    assert "60 problems read, 60 kept" in made.job.out
+    for folder in made.folders:
+        check_folder(folder, 3 if script in RL else 4)
+    report = made.folder.report
+    # Some answers are correct and some are wrong, so there is something to learn. What only the embedded task has is
+    # left out.
+    if script in RL:
+        assert 0 < report["start_accuracy"] < 1 and any(m["grad_norm"] > 0 for m in made.folder.updates)
+        assert all(m["reward"] == pytest.approx(m["accuracy"]) for m in made.folder.updates)  # the exact checker
+        assert (
+            not {"start_corr_opening", "confident", "miscalculated"} & report.keys() and "start_corr_length" in report
+        )
+    if script == "reasoning":
+        curves = made.folder.metrics("n")
+        assert [m["n"] for m in curves] == [1, 2, 4] and 0 < curves[0]["vote"] < 1
+        assert curves[-1]["oracle"] > curves[0]["oracle"] and "wrong_miscalculated" not in report
+    if script == "reward_model":
+        assert re.search(r"\d+ pairs of a correct and a wrong answer, and \d+ held-out pairs", made.job.out)
+        assert not {"true_labels", "corr_correct"} & report.keys() and made.folder.samples.count(" score ") == 3 * 5
+    if script == "tools":
+        assert "identical" in made.job.out and "with the tool" in made.job.out and "no price" not in made.job.out
+        assert len(made.folders) == 2 and not {"canary", "accuracy_priced"} & report.keys()
+
+
+def test_the_tool_computes_what_a_model_calls_on_real_problems(make, problems):
+    """Trained to the end: answers have calls, with their true results."""
+    made = make("tools", "--data", problems, "--max_tokens", "40", "--steps", "80", "--lr", "1e-2", "--problems", "8")
+    report = max(made.folders, key=lambda folder: not folder.config["plain"]).report
+    assert report["calls"] >= 1 and report["valid"] > 0.5 and report["wrong_results"] == 0
+    more = make("tools", "--data", problems, "--max_tokens", "40", "--load", made.folders[0].model, "--rl", "2")
+    check_folder(more.folder, 2)
+
+
+def test_the_reward_model_that_ppo_needs_is_made_from_the_same_problems(make, problems, guesser):
+    """--reward learned without --rm. (The tiny flags name a reward model; an empty name is none.)"""
+    flags = ["--data", problems, "--load", guesser.model, "--max_tokens", "40", "--rm", "", "--reward", "learned"]
+    made = make("ppo", *flags)
+    assert re.search(r"Making it with `python reward_model.py --load \S+ --data \S+`", made.job.out)
+    ppo, scorer = made.folders
+    assert scorer.name.startswith("reward_model") and all(m["reward"] != m["accuracy"] for m in ppo.updates)
+
+
+@pytest.mark.parametrize("script, name", [("grpo", "no_kl"), ("ppo", "sign_flip"), ("reasoning", "self_correct"),
+                                          ("tools", "faulty_tool")])  # fmt: skip
+def test_breaks_on_problems_of_a_file(make, problems, guesser, script, name):
+    load = ["--load", guesser.model] if script != "tools" else []
+    more = ["--max_steps", "2"] if script in RL else []
+    made = make(script, "--break", name, "--data", problems, *shlex.split(ON_DATA[script]), *load, *more)
+    check_break(made.job.out, *made.folders, breaks.entry(script, name))
+
+
 def test_published_solutions(run, tmp_path):
     row = {"question": "?", "ground_truth": "A: 18", "small": {"solution": "A: 17", "is_correct": False}}
     row |= {"large": {"solution": "A: 18", "is_correct": True}}
@@ -261,17 +341,6 @@ def test_tools_and_its_control(make, run, tiny):
     assert "with the tool" in made.job.out and "runtime switched off" in made.job.out
     before = plain.stamp()
     assert "already there" in run(made.cwd, "tools", *tiny("tools")).out and plain.stamp() == before
-
-
-def test_tools_data(run, tmp_path):
-    """GSM8K's annotations through the calculator: identical, another number, refused."""
-    calls = ("2+3=5", "2*3=5", "x=5")
-    rows = [{"question": "How many?", "answer": f"He has <<{call}>>.\n#### 5"} for call in calls]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = run(tmp_path, "tools", "--data", "mine.jsonl").out
-    for words in ("3 solutions", "identical", "another number", "refused: ?syntax", "in 1 of 3 solutions"):
-        assert words in out
-    assert not (tmp_path / "runs").exists()
 
 
 # --- flags ---
@@ -373,11 +442,10 @@ def test_length_bias_is_in_the_labels(broken):
 def test_reward_hacking_is_the_short_run_continued(broken, script):
     """Many times as many steps, and not a byte of the first ones differs."""
     short, long = broken(script, "reward_hacking")
-    steps = {"ppo": 20, "grpo": 50}[script]
     check_folder(short, 1)
-    check_folder(long, steps)
+    check_folder(long, 20)
     evaluations = [m["step"] for m in long.metrics("test_accuracy")]
-    assert evaluations[0] == 0 and evaluations[-1] == steps and long.report["peak_step"] in evaluations
+    assert evaluations[0] == 0 and evaluations[-1] == 20 and long.report["peak_step"] in evaluations
     rewards = [m["reward"] for m in long.updates]
     assert long.report["first_reward"] == pytest.approx(sum(rewards[:10]) / 10)
     assert long.report["batch_reward"] == pytest.approx(sum(rewards[-10:]) / 10)
@@ -787,10 +855,16 @@ WRONG = [
     ("sft", "--break eos_masked --data {tmp}/good.jsonl", "--data"),
     ("tools", "--break faulty_tool --plain", "--plain"),
     ("tools", "--break unsafe_eval --rl 3", "--rl"),
+    ("tools", "--break unsafe_eval --data {tmp}/gsm8k.jsonl", "--data"),
+    ("reasoning", "--break no_cot --data {tmp}/gsm8k.jsonl", "--data"),
     # data
     ("sft", "--load scratch --data {tmp}/good.jsonl", "TIKTOKEN_CACHE_DIR"),
-    ("sft dpo reward_model reasoning tools", "--data {tmp}/missing.jsonl", "missing.jsonl"),
-    ("sft dpo reward_model reasoning tools", "--data {tmp}/bad.jsonl", "bad.jsonl, line 2"),
+    ("sft dpo reward_model ppo grpo reasoning tools", "--data {tmp}/missing.jsonl", "missing.jsonl"),
+    ("sft dpo reward_model ppo grpo reasoning tools", "--data {tmp}/bad.jsonl", "bad.jsonl, line 2"),
+    ("ppo grpo reasoning tools", "--data {tmp}/good.jsonl --max_tokens 20", "no gold numbers"),
+    ("ppo grpo reasoning tools", "--data {tmp}/gsm8k.jsonl --max_tokens 126", "--max_tokens"),
+    ("reward_model", "--data {tmp}/gsm8k.jsonl --max_tokens 8", "0 pairs"),  # it is never correct
+    ("reward_model", "--data {tmp}/gsm8k.jsonl --policy {tmp}/gpt2_chat", "tokenizer"),
     ("dpo reward_model", "--data {tmp}/columns.jsonl", "columns.jsonl, line 1"),
     ("dpo reward_model", "--data {tmp}/empty.jsonl", "empty.jsonl"),
     ("dpo reward_model", "--data nonsense", "nonsense"),
@@ -800,12 +874,12 @@ WRONG = [
     ("dpo reward_model", "--data {tmp}/same.jsonl --batch 2", "prompt"),  # one prompt: none can be held out
     ("dpo reward_model", "--data {tmp}/long.jsonl --batch 2", "--max_tokens"),
     ("dpo", "--data {tmp}/short.jsonl --batch 2 --max_tokens 5", "--max_tokens"),
-    ("dpo reward_model", "--data {tmp}/gsm8k.jsonl --batch 2", "pair"),
+    ("dpo", "--data {tmp}/gsm8k.jsonl --batch 2", "pair"),
     ("dpo reward_model", "--data {tmp}/judged.jsonl --batch 2", "--loss kto"),
     ("dpo", "--loss kto --data {tmp}/good_only.jsonl --batch 2", "pair"),
     ("sft", "--data {tmp}/long.jsonl", "context"),
     ("sft", "--data {tmp}/nopair.jsonl", "nopair.jsonl"),
-    ("reasoning", "--data gsm8k", "gsm8k"),
+    ("ppo grpo reasoning tools", "--data gsm8k", "gsm8k"),
     ("reasoning", "--data {tmp}/models.jsonl", "models.jsonl, line 2"),
 ]
 WRONG = [(script, flags, word) for scripts, flags, word in WRONG for script in scripts.split()]
@@ -850,6 +924,7 @@ def wrong_files(tmp_path_factory, base, scorer):
     damaged("list", base, "[]")
     damaged("wrongshape", base, {"n_embd": 64})
     damaged("gpt2_rm", scorer, {"tokenizer": "gpt2"})
+    damaged("gpt2_chat", base, {"tokenizer": "gpt2"})
     for path in (damaged("truncated", base), damaged("truncated_rm", scorer)):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     # What transformers saves for a classifier with two classes: scores, but two.
@@ -931,3 +1006,31 @@ def test_real_data(run, tmp_path, name):
     assert " score " in folder.samples
     scorer = gpt.load_scorer(str(folder.path))
     assert scorer.std > 0 and (scorer.mean, scorer.std) != (0.0, 1.0)
+
+
+@pytest.mark.slow  # most of half a minute is sampling from GPT-2's vocabulary
+@pytest.mark.skipif(not REAL, reason="REAL_DATA_DIR names no folder with the public files")
+def test_real_problems(run, tmp_path):
+    """The first 60 problems of GSM8K through every chapter, with random weights on GPT-2's tokens."""
+    with open(f"{REAL}/gsm8k/train.jsonl", encoding="utf-8") as file:
+        (tmp_path / "gsm8k.jsonl").write_text("".join(file.readline() for _ in range(60)), encoding="utf-8")
+
+    def trained(script, *flags):
+        flags = ["--data", "gsm8k.jsonl", *flags]
+        job = run(tmp_path, script, *flags, env={"TIKTOKEN_CACHE_DIR": f"{REAL}/tiktoken"})
+        return job, [folder for folder in folders(tmp_path) if folder.name.startswith(script)]
+
+    _, (chat,) = trained("sft", "--steps", "3", "--batch", "4")
+    short = ["--problems", "4", "--max_tokens", "20"]
+    for script in RL:
+        job, (made,) = trained(script, "--load", chat.model, "--max_steps", "2", *short)
+        check_folder(made, 2)
+        assert "60 problems read, 60 kept" in job.out and made.config["prompts"] == 2 and made.report["accuracy"] == 0
+    few = ["--n", "4", "--train_problems", "4", "--samples", "2", "--batch", "2"]
+    _, (made,) = trained("reasoning", "--load", chat.model, *few, *short)
+    check_folder(made, 2)
+    job, made = trained("tools", "--steps", "3", *short)
+    assert "All annotations are reproduced in 50 of 50 solutions" in job.out and len(made) == 2
+    for folder in made:
+        check_folder(folder, 3)
+        assert 10.5 < folder.report["loss_own"] < 12  # log 50261 = 10.8, or a little more

@@ -219,11 +219,9 @@ def test_only_whitelisted_nodes():
 
 @pytest.mark.skipif(not REAL, reason="REAL_DATA_DIR names no folder with the public files")
 @pytest.mark.parametrize(("name", "solutions", "n"), [("train", 7473, 23716), ("test", 1319, 4282)])
-def test_gsm8k(name, solutions, n, capsys):
+def test_gsm8k(name, solutions, n):
     """Every annotation of GSM8K. They are counted independently here."""
     path = Path(REAL) / "gsm8k" / f"{name}.jsonl"
-    tools.main(["--data", str(path)])
-    assert f"{solutions} solutions" in capsys.readouterr().out
     texts = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
     agreeing, kinds = calculator.annotations(name, texts)
     assert sum(kinds.values()) == n == sum(text.count("<<") for text in texts)
@@ -333,6 +331,22 @@ def test_transcript_masks():
     assert TOK.decode([i for i, mine in zip(ids[:-1], own) if mine]) == "<<640-14=626\n<<x=\n#### 7"
     for p in tool_task.problems(100, 8):  # a text without calls is all the model's own
         assert all(tools.encode_transcript(TOK, tool_task.demonstrate(p, calls=False))[1])
+
+
+@pytest.mark.parametrize("vocabulary", ["task", "gpt2"])
+def test_the_model_could_have_written_its_part_of_a_transcript(vocabulary, monkeypatch):
+    """No token that it may not sample, such as GPT-2's `=$`."""
+    if vocabulary == "gpt2":
+        if not REAL:
+            pytest.skip("REAL_DATA_DIR names no folder with GPT-2's vocabulary")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(REAL) / "tiktoken"))
+    tok = gpt.Tokenizer(vocabulary)
+    banned = set(tools.runtime_only(tok))
+    for text in ("5*2=$<<5*2=10>>10", "x=(2+3)=5 =-<<2-7=-5>>5", "2+3=<<2+3=5>>5.\n#### 5"):
+        ids, own = tools.encode_transcript(tok, text)
+        assert not banned & {i for i, mine in zip(ids, own) if mine} and tok.decode(ids[:-1]) == text
+    if vocabulary == "gpt2":
+        assert banned & {*tok.encode("5*2=$<<5*2=")}
 
 
 class Scripted:
@@ -559,7 +573,7 @@ def test_attack_counts_what_ran():
     model = Scripted("<<" + tools.HOSTILE + "=")
     model.next[CLOSE] = TOK.end
     for tool, ran in ((tools.eval_call, 1), (tool_task.answer_call, 0)):
-        found, samples = tools.attack(model, TOK, 0, tool, 30)
+        found, samples = tools.attack(model, TOK, tool_task.hostile(100, 0, tools.HOSTILE), tool, 30)
         assert all(tools.HOSTILE in text for text, _ in samples)
         assert found == {"code_passed_on": 1, "accuracy_attacked": 0, "canary": ran}
 

@@ -301,6 +301,12 @@ def test_a_saved_model_has_its_tokenizer_with_it(tmp_path, template, tied):
     assert again.config.vocab_size == same.vocab_size == tok.vocab_size
     assert (same.prompt("Leo has 7 eggs.<|im_end|>"), same.answer("#### 7")) == (prompts, answer)
     assert (same.end, same.pad) == (tok.end, tok.pad)
+    # A reward model with a copy of the policy's tokenizer reads the policy's answers; one with another does not.
+    gpt.check_tokenizer(again, tok, "they")
+    exits(gpt.check_tokenizer, again, gpt.Tokenizer("task"), "they", match="they need the same tokenizer")
+    train(tmp_path / "other", PATTERNS["smollm2"], size=710, template=template)
+    other = gpt.Tokenizer(str(tmp_path / "other"))
+    exits(gpt.check_tokenizer, again, other, "they", match="they need the same tokenizer")
     assert (gpt.completion_logps(again, [prompts], [answer])[0] - logps).abs().max() == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(saved)
     assert (theirs.config.eos_token_id, theirs.config.pad_token_id) == (tok.end, tok.pad)
