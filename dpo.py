@@ -304,34 +304,41 @@ def train(args):
             break
         gpt.set_lr(optimizer, lr, step, steps)
         rows = runs.batch_indices(len(encoded), batch, step, args.seed)
-        prompts, chosen, *others = map(list, zip(*(encoded[i] for i in rows)))
-        logps, lengths = pair_logps(policy, prompts, chosen, *others)  # (2B,)
-        ref_rows = ref_logps[rows].t().flatten()  # (B, 2) -> (2B,): all chosen, then all rejected
-        if args.break_ == "shared_ref":
-            # ref = policy: two names for one model, where a copy was meant. So both sides are always equal.
-            ref_rows = logps.detach()
+        prompts, chosen, *_ = map(list, zip(*(encoded[i] for i in rows)))
         kl = kto_kl(policy, ref, prompts, chosen) if args.loss == "kto" else None
-        loss = preference_loss(args, beta, logps, ref_rows, lengths, kl)
-        # Optional (--nll): an SFT loss keeps the chosen answers likely, against displacement.
-        loss = loss - args.nll * logps[:batch].sum() / lengths[:batch].sum()
+        tokens = sum(map(len, chosen))  # of the whole batch
         optimizer.zero_grad()
-        loss.backward()
+        log = {}
+        for some in runs.micro_batches(rows, args.micro_batch):  # b of the B pairs; by default all of them
+            share, b = len(some) / batch, len(some)
+            logps, lengths = pair_logps(policy, *map(list, zip(*(encoded[i] for i in some))))  # (2b,)
+            ref_rows = ref_logps[some].t().flatten()  # (b, 2) -> (2b,): all chosen, then all rejected
+            if args.break_ == "shared_ref":
+                # ref = policy: two names for one model, where a copy was meant. So both sides are always equal.
+                ref_rows = logps.detach()
+            # A mean over b pairs is weighted by b / B. What is divided by tokens needs the tokens of all B pairs.
+            loss = share * preference_loss(args, beta, logps, ref_rows, lengths, kl)
+            # Optional (--nll): an SFT loss keeps the chosen answers likely, against displacement.
+            loss = loss - args.nll * logps[:b].sum() / tokens
+            loss.backward()
+            # The logged rewards are computed from sums over tokens, also for the losses that use means. Like the
+            # loss, they belong to the weights before this update.
+            reward_chosen, reward_rejected = (beta * (logps - ref_rows)).detach().split(b)  # (b,) each
+            runs.add(log, 1, loss=loss)
+            runs.add(
+                log,
+                share,
+                logp_chosen=logps[:b].mean(),
+                logp_rejected=logps[b:].mean(),
+                reward_chosen=reward_chosen.mean(),
+                reward_rejected=reward_rejected.mean(),
+                margin=(reward_chosen - reward_rejected).mean(),
+                pair_accuracy=(reward_chosen > reward_rejected).float().mean(),
+            )
+        runs.add_up(policy, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        # The logged rewards are computed from sums over tokens, also for the losses that use means. Like the
-        # loss, they belong to the weights before this update.
-        reward_chosen, reward_rejected = (beta * (logps - ref_rows)).detach().split(batch)  # (B,) each
-        run.log(
-            step,
-            logp_chosen=logps[:batch].mean(),
-            logp_rejected=logps[batch:].mean(),
-            loss=loss,
-            grad_norm=grad_norm,
-            reward_chosen=reward_chosen.mean(),
-            reward_rejected=reward_rejected.mean(),
-            margin=(reward_chosen - reward_rejected).mean(),
-            pair_accuracy=(reward_chosen > reward_rejected).float().mean(),
-        )
+        run.log(step, **log, grad_norm=grad_norm)
 
     # ---- the report
     start = next(m for m in run.metrics if "held_out_accuracy" in m)  # the evaluation at step 0: the SFT model
@@ -358,6 +365,8 @@ def parser():
     add("--nll", type=float, default=0.0, help="weight of an additional SFT loss on the chosen answers")
     add("--steps", type=int, default=100, help="updates; together one pass over the pairs of the built-in task")
     add("--batch", type=int, help="pairs per step (default 32; with --data 8)")
+    add("--micro_batch", type=int, help="pairs per forward pass: less memory, the same gradient (default: all\n"
+        "of the batch)")
     add("--lr", type=float, help="learning rate (default 1e-4; GPT-2 and larger 5e-6)")
     add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut")
     add("--problems", type=int, help="held-out problems (default 500: a standard error of 2 points;\n"

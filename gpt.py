@@ -519,6 +519,10 @@ def sample(model, prompts, max_new_tokens, stop, temperature=1.0, top_k=0, top_p
 # ---------------------------------------------------------------------------------------------
 # 4. Log-probabilities and scores of given completions
 
+# Logits computed at a time, half a GB. They are the largest tensor of a model with a large vocabulary: a token has 0.6
+# MB of them in Qwen's.
+LOGITS = 2**27
+
 
 def completion_logps(model, prompts, completions, temperature=1.0, value_head=None, banned=()):
     """log p(completion token | prompt, tokens before) for every token of every completion.
@@ -536,12 +540,16 @@ def completion_logps(model, prompts, completions, temperature=1.0, value_head=No
     # of the prompt. `states` contains this shift: do not shift again.
     hidden = hidden.flatten(0, 1)[states[:, :-1][mask]]  # (M, C), M completion tokens in all
     targets = ids.flatten()[states[:, 1:][mask]]  # (M,)
-    # The softmax in float32: in bfloat16, with eight bits of precision, log-probabilities would be off by about
-    # .05.
-    logits = model.head(hidden).float() / temperature  # (M, V): only for the completions' tokens
-    if banned:
-        logits[:, banned] = -math.inf
-    token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
+    # Logits only for the completions' tokens, and not for too many at a time.
+    some, token_logps = max(1, LOGITS // len(model.wte.weight)), []
+    for part, wanted in zip(hidden.split(some), targets.split(some)):  # (m, C), (m,)
+        # The softmax in float32: in bfloat16, with eight bits of precision, log-probabilities would be off by about
+        # .05.
+        logits = model.head(part).float() / temperature  # (m, V)
+        if banned:
+            logits[:, banned] = -math.inf
+        token_logps.append(-F.cross_entropy(logits, wanted, reduction="none"))
+    token_logps = torch.cat(token_logps)  # (M,)
     # Assignment, not multiplication by the mask: -inf * 0 is NaN.
     zeros = torch.zeros(mask.shape, device=mask.device)
     logps = zeros.masked_scatter(mask, token_logps)

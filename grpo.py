@@ -1,7 +1,7 @@
 """GRPO: how is a policy optimized against a reward if the only baseline is its own other answers?
 
     python grpo.py                                the short run: 10 steps against a learned reward model
-    python grpo.py --break reward_hacking         the same run, continued to step 200
+    python grpo.py --break reward_hacking         the same run, continued to step 300
     python grpo.py --break no_kl                  without the KL penalty, 150 steps with and without it
     python grpo.py --reward checker --beta 0 --max_steps 500      a true reward needs no KL penalty
     python grpo.py --data gsm8k --base gpt2       real problems, and the exact checker as the reward
@@ -23,7 +23,7 @@ reward model's training distribution, and there a high score no longer means a c
 those answers: at first the answers get better, then the score keeps rising while they get worse. (Gao, Schulman and
 Hilton 2022; Stiennon et al. 2020, figure 5)
 
-    reward_hacking  A small beta, and max_steps x 20. The reward keeps rising; accuracy rises, peaks and falls, and the
+    reward_hacking  A small beta, and max_steps x 30. The reward keeps rising; accuracy rises, peaks and falls, and the
                     answers become longer, more confident and more formulaic. (With the default beta it does not fall
                     in the clean run of no_kl.)
     no_kl           beta = 0. The KL is larger, the reward is higher, and the accuracy is lower.
@@ -77,20 +77,22 @@ def k3(logps, ref_logps):
     return torch.expm1(d) - d
 
 
-def aggregate(token_losses, mask, how, longest):
-    """From one loss per token (B, N) to a scalar. mask: (B, N) bool, True where there is a token.
+def aggregate(token_losses, mask, how, longest, whole=None):
+    """From one loss per token (B, N) to a scalar. mask: (B, N) bool, True where there is a token. whole: the mask of
+    the whole batch, if this is a micro-batch of it; then the results of all micro-batches add up to that of the batch.
 
     grpo     mean over the tokens of each answer, then over answers: a token of a long answer counts less, so long
              wrong answers are penalized less per token
     dapo     mean over all tokens: every token counts the same
     dr_grpo  sum over all tokens / (B * longest): a token counts the same in every batch
     """
+    whole = mask if whole is None else whole
     token_losses = token_losses.masked_fill(~mask, 0.0)
     if how == "grpo":
-        return (token_losses.sum(1) / mask.sum(1).clamp(min=1)).mean()
+        return (token_losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / len(whole)
     if how == "dapo":
-        return token_losses.sum() / mask.sum().clamp(min=1)
-    return token_losses.sum() / (len(token_losses) * longest)
+        return token_losses.sum() / whole.sum().clamp(min=1)
+    return token_losses.sum() / (len(whole) * longest)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def train(args):
     """One run, from the SFT model to the report. Returns its runs.Run."""
     max_steps = args.max_steps
     if args.break_ == "reward_hacking":
-        max_steps *= 20  # "it was still improving when we stopped"
+        max_steps *= 30  # "it was still improving when we stopped"
     policy, ref, tok = gpt.load_policy(args.load or runs.made_by("sft", args, "a minute"), args)
     reward = make_reward(args, tok)
     run = runs.Run(args)
@@ -128,8 +130,9 @@ def train(args):
             break
         # ---- rollouts: G answers to each of P prompts
         batch = [p for p in problems[step * P : (step + 1) * P] for _ in range(G)]  # B = P * G
-        generator = runs.rng(args.seed, "rollouts", step)
-        answers = gpt.solve(policy, tok, batch, args.temperature, generator, longest, batch=P * G)
+        generator, mine = runs.own_rng(args.seed, "rollouts", step), runs.share(batch)
+        answers = gpt.solve(policy, tok, mine, args.temperature, generator, longest, batch=P * G)
+        answers = runs.gather(answers, args.device)
         prompts, completions = [tok.prompt(p.text) for p in batch], [a.ids for a in answers]
         # pi_old: the distribution that the tokens were really drawn from, as recorded in sampling.
         old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)  # (B, N)
@@ -139,19 +142,27 @@ def train(args):
         # two equal prompts of a batch would become one group of 2G.
         advantages = group_advantages(rewards.view(P, G), args.loss != "dr_grpo").view(-1, 1)  # (B, 1)
         with torch.no_grad():
-            ref_logps, _ = gpt.completion_logps(penalized, prompts, completions, args.temperature)  # (B, N)
+            ref_logps, mask = gpt.completion_logps(penalized, prompts, completions, args.temperature)  # (B, N)
         # ---- updates. With one per batch of rollouts, the ratio is 1 and never clipped; with more it moves.
         for _ in range(args.epochs):
-            logps, mask = gpt.completion_logps(policy, prompts, completions, args.temperature)  # (B, N)
-            losses = policy_loss(logps, old_logps, advantages, args.clip, clip_high)
-            penalty = k3(logps, ref_logps)
-            if args.break_ == "k1_kl_loss":
-                penalty = logps - ref_logps  # its mean is the KL, but the expected gradient of its mean is 0
-            # An answer that was cut off is learned from like any other. Leaving it out of the loss, but in the
-            # group's mean, can give the worst of the ended answers a positive advantage.
-            loss = aggregate(losses + beta * penalty, mask, args.loss, longest)
             optimizer.zero_grad()
-            loss.backward()
+            logps, loss = torch.zeros_like(ref_logps), 0.0  # of the batch, to be logged
+            for rows in runs.micro_batches(list(range(P * G)), args.micro_batch):  # b answers; by default all
+                few = [prompts[i] for i in rows], [completions[i] for i in rows]
+                new, m = gpt.completion_logps(policy, *few, args.temperature)  # (b, n)
+                # The longest answer of the micro-batch may be shorter than that of the batch: cut the columns.
+                old, fixed = (x[rows, : m.shape[1]] for x in (old_logps, ref_logps))
+                losses = policy_loss(new, old, advantages[rows], args.clip, clip_high)
+                penalty = k3(new, fixed)
+                if args.break_ == "k1_kl_loss":
+                    penalty = new - fixed  # its mean is the KL, but the expected gradient of its mean is 0
+                # An answer that was cut off is learned from like any other. Leaving it out of the loss, but in the
+                # group's mean, can give the worst of the ended answers a positive advantage.
+                part = aggregate(losses + beta * penalty, m, args.loss, longest, mask)
+                part.backward()
+                logps[rows, : m.shape[1]] = new.detach()
+                loss += part.detach()
+            runs.add_up(policy, {"loss": loss, "logps": logps})
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
         with torch.no_grad():
@@ -194,6 +205,8 @@ def parser():
     add("--loss", default="dapo", choices=["grpo", "dapo", "dr_grpo"], help="how token losses are averaged")
     add("--prompts", type=int, default=8, help="prompts per step (with --data 2)")
     add("--group", type=int, default=8, help="answers per prompt: their mean reward is the baseline")
+    add("--micro_batch", type=int, help="answers per forward pass: less memory, the same gradient (default:\n"
+        "prompts x group)")
     add("--epochs", type=int, default=1, help="updates on each batch of rollouts")
     add("--lr", type=float, help="learning rate, constant (default 1e-4; GPT-2 and larger 3e-6)")
     add("--beta", type=float, default=1.0, help="weight of the KL penalty, 0 for none (with --data 0.04: large\n"

@@ -141,8 +141,9 @@ def adapt(beta, kl, target, answers):
 
 def rollouts(policy, ref, value, reward, tok, problems, args, step, beta):
     """Answers of the policy, and everything about them that stays fixed during the updates on them."""
-    answers = gpt.solve(policy, tok, problems, args.temperature, runs.rng(args.seed, "rollouts", step),
-                        args.max_tokens, batch=len(problems))  # fmt: skip
+    generator, mine = runs.own_rng(args.seed, "rollouts", step), runs.share(problems)
+    answers = gpt.solve(policy, tok, mine, args.temperature, generator, args.max_tokens, batch=len(problems))
+    answers = runs.gather(answers, args.device)
     prompts, completions = [tok.prompt(p.text) for p in problems], [a.ids for a in answers]
     # Every pass divides by the sampling temperature. Then pi_old, pi and pi_ref are distributions of the same kind,
     # and the ratio is 1 before the first update.
@@ -205,24 +206,29 @@ def train(args):
         for epoch in range(args.epochs):
             order = torch.randperm(B, generator=runs.rng(args.seed, "minibatches", step, epoch))
             for rows in order.split(args.minibatch):
-                rows = rows.sort().values  # answers to the same prompt become neighbours and share its computation
-                few = [prompts[i] for i in rows], [completions[i] for i in rows]
-                logps, m, values = gpt.completion_logps(policy, *few, args.temperature, agent.value)  # (b, n)
-                # The longest answer of the minibatch may be shorter than that of the batch: cut the columns.
-                old, old_v, adv, ret = (
-                    x[rows.to(x.device), : m.shape[1]] for x in (old_logps, old_values, advantages, returns)
-                )
-                pg_loss = masked_mean(policy_loss(logps, old, adv, args.clip, args.clip), m)
-                v_loss = value_loss(values, old_v, ret, m, args.clip)
-                loss = pg_loss + args.value_coefficient * v_loss
+                rows = rows.sort().values.tolist()  # answers to the same prompt become neighbours and share its pass
+                tokens = mask[rows].sum()  # of the minibatch
                 optimizer.zero_grad()
-                loss.backward()
+                log = {}
+                for some in runs.micro_batches(rows, args.micro_batch):  # by default all of the minibatch
+                    few = [prompts[i] for i in some], [completions[i] for i in some]
+                    logps, m, values = gpt.completion_logps(policy, *few, args.temperature, agent.value)  # (b, n)
+                    # The longest of these answers may be shorter than that of the batch: cut the columns.
+                    old, old_v, adv, ret = (x[some, : m.shape[1]] for x in (old_logps, old_values, advantages, returns))
+                    pg_loss = masked_mean(policy_loss(logps, old, adv, args.clip, args.clip), m)
+                    v_loss = value_loss(values, old_v, ret, m, args.clip)
+                    share = m.sum() / tokens  # both losses are means over tokens
+                    (share * (pg_loss + args.value_coefficient * v_loss)).backward()
+                    with torch.no_grad():
+                        ratio = torch.exp(logps - old)[m]  # (M,)
+                        out = ((ratio - 1).abs() > args.clip).float().mean()
+                        moved = (ratio - 1 - ratio.log()).mean()  # k3 of pi_old against pi
+                    runs.add(log, share, policy_loss=pg_loss, value_loss=v_loss, clipped=out, approx_kl=moved)
+                runs.add_up(agent, log)
                 grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
                 optimizer.step()
-                with torch.no_grad():
-                    ratio = torch.exp(logps - old)[m]  # (M,)
-                    clipped.append(((ratio - 1).abs() > args.clip).float().mean())
-                    approx_kl.append((ratio - 1 - ratio.log()).mean())  # k3 of pi_old against pi
+                clipped.append(log["clipped"])
+                approx_kl.append(log["approx_kl"])
         if args.target_kl:
             agent.beta.fill_(adapt(agent.beta.item(), kl.item(), args.target_kl, B))
         run.log(
@@ -231,8 +237,8 @@ def train(args):
             accuracy=sum(a.correct for a in answers) / B,
             kl=kl,
             entropy=-old_logps[mask].mean(),  # an estimate, from the sampled tokens alone
-            policy_loss=pg_loss,
-            value_loss=v_loss,
+            policy_loss=log["policy_loss"],
+            value_loss=log["value_loss"],
             grad_norm=grad_norm,
             clip_fraction=sum(clipped) / len(clipped),
             approx_kl=sum(approx_kl) / len(approx_kl),
@@ -265,6 +271,8 @@ def parser():
     add("--answers", type=int, default=4, help="answers sampled per prompt; PPO needs only one, but the\n"
         "prompt is computed once for all of them")
     add("--minibatch", type=int, default=16, help="answers per update (with --data 4)")
+    add("--micro_batch", type=int, help="answers per forward pass: less memory, the same gradient (default: all\n"
+        "of the minibatch)")
     add("--epochs", type=int, default=4, help="passes over each batch of rollouts")
     add("--lr", type=float, help="step size of the policy, constant (default 1e-4; GPT-2 and larger 3e-6)")
     add("--beta", type=float, default=0.5, help="weight of the KL penalty, 0 for none (with --data 0.05)")

@@ -251,14 +251,19 @@ def train(args):
             break
         gpt.set_lr(optimizer, lr, step, steps)
         rows = runs.batch_indices(len(encoded), batch, step, args.seed)
-        chosen, rejected = pair_scores(scorer, *map(list, zip(*(encoded[i] for i in rows))))  # (B,) each
-        loss = bradley_terry_loss(chosen, rejected)
         optimizer.zero_grad()
-        loss.backward()
+        log = {}
+        for some in runs.micro_batches(rows, args.micro_batch):  # b of the B pairs; by default all of them
+            chosen, rejected = pair_scores(scorer, *map(list, zip(*(encoded[i] for i in some))))  # (b,) each
+            share = len(some) / batch  # a mean over b pairs is weighted by b / B
+            loss = bradley_terry_loss(chosen, rejected)
+            (share * loss).backward()
+            margin = chosen - rejected
+            runs.add(log, share, loss=loss, pair_accuracy=(margin > 0).float().mean(), margin=margin.mean())
+        runs.add_up(scorer, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=loss, pair_accuracy=accuracy(chosen - rejected), margin=(chosen - rejected).mean(),
-                grad_norm=grad_norm)  # fmt: skip
+        run.log(step, **log, grad_norm=grad_norm)
 
     # ---- the report
     results = run.mean("loss", "pair_accuracy")
@@ -346,6 +351,8 @@ def parser():
         "that the model answers, if they have gold numbers (200)")
     add("--steps", type=int, help="updates (default: one pass over the pairs)")
     add("--batch", type=int, help="pairs per step (default 16; with --data 8)")
+    add("--micro_batch", type=int, help="pairs per forward pass: less memory, the same gradient (default: all\n"
+        "of the batch)")
     add("--lr", type=float, help="(default 1e-3; GPT-2 and larger 1e-5)")
     add("--max_tokens", type=int, default=512, help="longer real pairs are dropped, never cut. The\n"
         "model's own answers are cut off at 256 at most")

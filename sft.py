@@ -55,9 +55,8 @@ def sft_loss(model, ids, labels):
     """Summed negative log-likelihood of the supervised tokens, and their number.
 
     ids: (B, T). labels: (B, T), the ids themselves where a token is supervised and -100 elsewhere. Returns (sum in
-    nats, number of tokens). The caller divides the sum over all micro-batches by the tokens of all of them. With a
-    mean of means, tokens of shorter micro-batches would get more weight, and the micro-batch size would change the
-    objective.
+    nats, number of tokens). The caller divides by the tokens of the whole batch, of which this may be a micro-batch
+    (see runs.micro_batches).
     """
     # Shift once: the state at t predicts the label at t+1.
     hidden, targets = model.hidden(ids)[:, :-1], labels[:, 1:]  # (B, T-1, C), (B, T-1)
@@ -193,17 +192,20 @@ def train(args):
             break
         gpt.set_lr(optimizer, lr, step, steps)
         chosen = [examples[i] for i in runs.batch_indices(len(examples), args.batch, step, args.seed)]
-        ids, labels = collate(chosen, pad)  # (B, T)
-        supervised = (labels[:, 1:] != IGNORE).sum()  # of the whole step, not of the micro-batch
+        _, labels = collate(chosen, pad)  # (B, T)
+        supervised = (labels[:, 1:] != IGNORE).sum().item()  # of the whole batch, not of a micro-batch
         optimizer.zero_grad()
-        loss = 0.0
-        for rows in torch.arange(len(chosen)).split(micro_batch):
-            total, _ = sft_loss(model, ids[rows].to(args.device), labels[rows].to(args.device))
-            (total / supervised).backward()  # gradients add up over the micro-batches
-            loss += (total / supervised).item()
+        log = {}
+        for some in runs.micro_batches(chosen, micro_batch):
+            ids, labels = collate(some, pad)  # (b, t): no longer than the longest of these
+            total, _ = sft_loss(model, ids.to(args.device), labels.to(args.device))
+            loss = total / supervised
+            loss.backward()  # gradients add up over the micro-batches
+            runs.add(log, 1, loss=loss)
+        runs.add_up(model, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=loss, grad_norm=grad_norm)
+        run.log(step, **log, grad_norm=grad_norm)
 
     # ---- the report
     model.config.chat = True
@@ -229,8 +231,8 @@ def parser():
     add("--answer_only", action="store_true", help="leave the working out: learn the final answers alone")
     add("--epochs", type=int, default=1, help="passes over the demonstrations (see too_many_epochs)")
     add("--batch", type=int, default=32, help="demonstrations per step")
-    add("--micro_batch", type=int, help="demonstrations per forward pass, to save memory (default:\n"
-        "all of the batch; with --data 4)")
+    add("--micro_batch", type=int, help="demonstrations per forward pass: less memory, the same gradient\n"
+        "(default: all of the batch; with --data 4)")
     add("--steps", type=int, help="stop after so many updates (default: all epochs)")
     add("--lr", type=float, help="smaller than in pretraining (default 1.5e-3; GPT-2 and larger 5e-5)")
     add("--problems", type=int, default=500, help="held-out problems: a standard error of 2 points")

@@ -334,7 +334,7 @@ HACKING_CLAIMS = (
     broken("end_opening") > broken("start_opening") + 0.1,
 )
 HACKING = (
-    "a small beta and 20 times as many steps: the reward rises on, accuracy peaks and falls, answers drift",
+    "a small beta and 20 or 30 times as many steps: the reward rises on, accuracy peaks and falls, answers drift",
     "The reward model is accurate on answers like its training pairs. The policy moves to answers with high "
     "scores that it was not trained on, and there the score no longer measures correctness.",
     "Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5",
@@ -608,9 +608,9 @@ BREAKS = [
         dashboard=RL_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python grpo.py --beta 0.05 --max_steps N   (N the step of the peak; or the default beta)",
+        cure="python grpo.py --beta 0.1 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
-        flags=("--beta", "0.05", "--problems", "1000"),
+        flags=("--beta", "0.1", "--problems", "1000"),
     ),
     Break(
         "grpo",

@@ -12,7 +12,7 @@ from data import breaks, page, runs
 def one_run(train, args, reuse):
     """runs.run_once(), then the page of the run."""
     run = runs.run_once(train, args, reuse)
-    if run.report:
+    if run.report and runs.PROCESS == 0:
         print(f"Page: {page.write(run)}")
     return run
 
@@ -31,6 +31,8 @@ def train_and_compare(train, args):
         return run
     clean = one_run(train, runs.without_break(args), reuse=True)
     broken = runs.run_once(train, args, reuse=args.resume)
+    if runs.PROCESS > 0:
+        return broken
     entry = breaks.entry(args.script, args.break_)
     compare(clean, broken, entry, embedded=not getattr(args, "data", None))
     print(f"Page: {page.write(broken, clean, entry)}")

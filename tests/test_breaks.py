@@ -20,7 +20,10 @@ pytestmark = pytest.mark.slow
 
 # Flags that make a break shorter than documented, so that all of them fit into half an hour.
 FLAGS = {
+    ("reward_model", "length_bias"): "--pairs 12000",
     ("ppo", "reward_hacking"): "--max_steps 5 --problems 500",  # 100 of the 200 steps
+    ("ppo", "no_kl"): "--max_steps 75",
+    ("ppo", "sign_flip"): "--max_steps 75",
     ("grpo", "reward_hacking"): "--problems 500",
     ("reasoning", "no_cot"): "--n 16 --problems 100 --train_problems 400",
     ("reasoning", "overoptimize_verifier"): "--problems 100",
@@ -170,8 +173,8 @@ def test_unsafe_eval_is_the_same_model(both):
 
 
 def test_with_and_without_the_tool(cwd, done):
-    """40 points between the model with its tool and the control."""
-    assert not python(cwd, "tools", "--resume").returncode
+    """40 points between the model with its tool and the control, which hardly learns anything in 1000 of its steps."""
+    assert not python(cwd, "tools", "--plain", "--steps", "1000").returncode
     runs = [f for f in folders(cwd) if f.config["script"] == "tools"]
     tools = [f for f in runs if not f.config["break_"] and not f.config["rl"]]
     (good,), (plain,) = ([f.report for f in tools if f.config["plain"] is control] for control in (False, True))

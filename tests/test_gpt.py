@@ -393,6 +393,29 @@ def test_completion_logps_by_brute_force():
                 assert abs(logps[row, t].item() - expected) < 1e-5
 
 
+def test_logits_only_where_they_are_needed(monkeypatch):
+    """For each completion token once, and a few at a time; that changes neither values nor gradients."""
+    model, prompts, completions = random_model(5).requires_grad_(), ragged(9, seed=5), ragged(9, seed=6)
+    sizes, head = [], model.head
+    monkeypatch.setattr(model, "head", lambda hidden: sizes.append(len(hidden)) or head(hidden))
+
+    def run():
+        model.zero_grad()
+        logps, _ = gpt.completion_logps(model, prompts, completions, 0.7, banned=[V - 1])
+        logps[logps.isfinite()].sum().backward()
+        return logps.detach(), model.wte.weight.grad.clone()
+
+    logps, grads = run()
+    assert sizes == [sum(map(len, completions))]
+    sizes.clear()
+    monkeypatch.setattr(gpt, "LOGITS", 3 * V + 1)
+    again, few = run()
+    assert sum(sizes) == sum(map(len, completions)) and max(sizes) == 3
+    assert torch.equal(logps.isfinite(), again.isfinite())
+    close(again.nan_to_num(), logps.nan_to_num())
+    close(few, grads, 1e-5 * grads.abs().max())
+
+
 def test_impossible_tokens_do_not_become_nan_where_masked():
     """Assignment, not multiplication: 0 * -inf is NaN, and one such token would make the batch's loss NaN."""
     logps, _ = gpt.completion_logps(Constant([0.0, -math.inf, 1.0]), [[2], [2]], [[0], [0, 1]])

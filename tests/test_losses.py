@@ -76,27 +76,6 @@ def test_only_the_answer_and_its_end_are_learned():
     assert touched.tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]
 
 
-def test_micro_batches_equal_the_full_batch():
-    """Nine answers of different lengths. Divided by the tokens of the whole step, one at a time gives the gradient of
-    all at once; a mean of means does not."""
-    model, (prompts, answers, _) = random_model().requires_grad_(), random_pairs(9, seed=1)
-    ids, labels = collate(list(zip(prompts, answers)), V - 1)
-    supervised = sum(map(len, answers))
-
-    def gradients(size, mean_of_means=False):
-        model.zero_grad()
-        for rows in torch.arange(9).split(size):
-            total, n = sft_loss(model, ids[rows], labels[rows])
-            (total / n * len(rows) / 9 if mean_of_means else total / supervised).backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    full = gradients(9)
-    scale = full.abs().max()
-    for size in (1, 4):
-        close(gradients(size), full, 1e-5 * scale)
-    assert (gradients(1, mean_of_means=True) - full).abs().max() > 1e-2 * scale
-
-
 def test_a_fully_masked_row_contributes_nothing():
     """0/0 is NaN, and one empty answer would end the run."""
     ids, labels = collate([([1, 2, 3], []), ([1], [2, 3])], pad=0)

@@ -31,7 +31,7 @@ MISTAKES = {
     ("ppo", "reward_hacking"): ["max_steps *= 20"],
     ("ppo", "no_kl"): ['beta = 0.0 if args.break_ == "no_kl"'],
     ("ppo", "sign_flip"): ["-scores"],
-    ("grpo", "reward_hacking"): ["max_steps *= 20"],
+    ("grpo", "reward_hacking"): ["max_steps *= 30"],
     ("grpo", "no_kl"): ['beta = 0.0 if args.break_ == "no_kl"'],
     ("grpo", "k1_kl_loss"): ["penalty = logps - ref_logps"],
     ("grpo", "shared_ref"): ["penalized = policy"],

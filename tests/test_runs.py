@@ -238,6 +238,18 @@ def test_write_atomically(tmp_path):
     assert path.read_text() == "old"
 
 
+@pytest.mark.parametrize("capabilities, lines", [({"avx512_f": True, "avx512_bf16": False}, 1), ({"bf16": True}, 0)])
+def test_bfloat16_without_instructions_is_said_once(monkeypatch, capsys, capabilities, lines):
+    runs.say_if_bfloat16_is_slow.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    parse("dpo")
+    assert not capsys.readouterr().out
+    for script in ("sft", "dpo"):
+        parse(script, "--dtype", "bfloat16")
+    assert capsys.readouterr().out.count("no faster than float32") == lines
+    runs.say_if_bfloat16_is_slow.cache_clear()
+
+
 def test_made_by_hands_on_seed_and_dtype(run, monkeypatch, capsys):
     """A seed stands for a whole chain of runs. An earlier run that is on disk is used, not made again."""
     made = []
@@ -311,8 +323,9 @@ def test_errors_of_the_machine_are_one_line():
     exits(runs.run_once, train, parse("dpo"), False, match="runs/x: No space")
 
 
-@pytest.mark.parametrize("script, flags", [("dpo", "--batch, --max_tokens"), ("sft", "--batch, --micro_batch"),
-                                           ("ppo", "--minibatch, --max_tokens, --prompts")])  # fmt: skip
+@pytest.mark.parametrize("script, flags", [("dpo", "--micro_batch, --batch, --max_tokens"),
+                                           ("sft", "--micro_batch, --batch"),
+                                           ("ppo", "--micro_batch, --minibatch, --max_tokens, --prompts")])  # fmt: skip
 def test_out_of_memory_names_the_flags(script, flags):
     """Of torch, where more is asked for than any machine has, and of Python, without a text."""
     for take in (lambda args: torch.empty(2**46), lambda args: bytearray(2**61)):
