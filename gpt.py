@@ -23,7 +23,7 @@ What is in this file, in reading order:
     7. train             pretraining
 
 Left out: dropout (nothing here trains long enough to need it, and log-probabilities computed with dropout are
-random), distributed training, compilation.
+random), pretraining in several processes, compilation.
 """
 
 import argparse

@@ -146,33 +146,33 @@ def train(args):
         # ---- updates. With one per batch of rollouts, the ratio is 1 and never clipped; with more it moves.
         for _ in range(args.epochs):
             optimizer.zero_grad()
-            logps, loss = torch.zeros_like(ref_logps), 0.0  # of the batch, to be logged
+            all_logps, loss = torch.zeros_like(ref_logps), 0.0  # of the batch, to be logged
             for rows in runs.micro_batches(list(range(P * G)), args.micro_batch):  # b answers; by default all
                 few = [prompts[i] for i in rows], [completions[i] for i in rows]
-                new, m = gpt.completion_logps(policy, *few, args.temperature)  # (b, n)
+                logps, m = gpt.completion_logps(policy, *few, args.temperature)  # (b, n)
                 # The longest answer of the micro-batch may be shorter than that of the batch: cut the columns.
-                old, fixed = (x[rows, : m.shape[1]] for x in (old_logps, ref_logps))
-                losses = policy_loss(new, old, advantages[rows], args.clip, clip_high)
-                penalty = k3(new, fixed)
+                old, reference = (x[rows, : m.shape[1]] for x in (old_logps, ref_logps))
+                losses = policy_loss(logps, old, advantages[rows], args.clip, clip_high)
+                penalty = k3(logps, reference)
                 if args.break_ == "k1_kl_loss":
-                    penalty = new - fixed  # its mean is the KL, but the expected gradient of its mean is 0
+                    penalty = logps - reference  # its mean is the KL, but the expected gradient of its mean is 0
                 # An answer that was cut off is learned from like any other. Leaving it out of the loss, but in the
                 # group's mean, can give the worst of the ended answers a positive advantage.
                 part = aggregate(losses + beta * penalty, m, args.loss, longest, mask)
                 part.backward()
-                logps[rows, : m.shape[1]] = new.detach()
+                all_logps[rows, : m.shape[1]] = logps.detach()
                 loss += part.detach()
-            runs.add_up(policy, {"loss": loss, "logps": logps})
+            runs.add_up(policy, {"loss": loss, "logps": all_logps})
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
         with torch.no_grad():
-            ratio = torch.exp(logps - old_logps)[mask]  # (M,), before the last update of this step
+            ratio = torch.exp(all_logps - old_logps)[mask]  # (M,), before the last update of this step
             grouped = rewards.view(P, G)
             run.log(
                 step,
                 reward=rewards.mean(),
                 accuracy=sum(a.correct for a in answers) / len(answers),
-                kl=(logps - ref_logps).sum(1).mean(),
+                kl=(all_logps - ref_logps).sum(1).mean(),
                 entropy=-old_logps[mask].mean(),  # an estimate, from the sampled tokens alone
                 loss=loss,
                 grad_norm=grad_norm,

@@ -97,7 +97,7 @@ def add_up(model, log):
 
 
 # torchrun starts several processes and numbers them. All compute the same steps and evaluations, each its part of
-# every batch. The first one prints and writes. Without torchrun there is one, and nothing below does anything.
+# every batch. The first one prints and writes. Without torchrun there is one process, which computes whole batches.
 PROCESS, PROCESSES = (
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
     for name, alone in (("RANK", 0), ("WORLD_SIZE", 1))
@@ -147,7 +147,7 @@ def gather(items, device):
 
 def own_rng(*key):
     """As rng(), but each process draws other numbers. The first one draws those of a run in one process."""
-    return rng(*key, *[PROCESS][:PROCESS])
+    return rng(*key) if PROCESS == 0 else rng(*key, PROCESS)
 
 
 def any_process(flag, device):
@@ -475,7 +475,8 @@ class Run:
                 if stop:
                     command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
                     self.bar.close()
-                    print(f"Saved at step {step} of {total}. Continue with:  python {command}")
+                    start_with = f"torchrun --nproc_per_node {PROCESSES}" if PROCESSES > 1 else "python"
+                    print(f"Saved at step {step} of {total}. Continue with:  {start_with} {command}")
                     sys.exit(130)
                 yield step
                 self.bar.update(step < total)

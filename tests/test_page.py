@@ -33,7 +33,7 @@ MISTAKES = {
     ("ppo", "sign_flip"): ["-scores"],
     ("grpo", "reward_hacking"): ["max_steps *= 30"],
     ("grpo", "no_kl"): ['beta = 0.0 if args.break_ == "no_kl"'],
-    ("grpo", "k1_kl_loss"): ["penalty = logps - ref_logps"],
+    ("grpo", "k1_kl_loss"): ["penalty = logps - reference"],
     ("grpo", "shared_ref"): ["penalized = policy"],
     ("dpo", "flip_labels"): ["[swap(p) for p in pairs]"],
     ("dpo", "likelihood_displacement"): ["slip_once(p", "beta = beta / 10"],
