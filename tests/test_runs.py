@@ -64,7 +64,7 @@ def test_folders():
     """Every flag that is not at its default is in the name; of a path the last two parts."""
     for argv, name in (
         ([], "grpo"),
-        (["--break", "no_kl"], "grpo-no_kl-max_steps=200"),
+        (["--break", "no_kl"], "grpo-no_kl-max_steps=150"),
         (["--break", "no_kl", "--max_steps", "7"], "grpo-no_kl-max_steps=7"),
         (["--max_steps", "10", "--resume"], "grpo"),  # at its default; and a flag that changes no result
         (["--lr", "1e-4", "--load", "a/runs/x.y/model", "--seed", "3"], "grpo-load=x_y-model-lr=0_0001-seed=3"),
