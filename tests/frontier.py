@@ -43,8 +43,8 @@ def draw(runs, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[201, 202, 203])
-    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.2, 1.0])
-    parser.add_argument("--max_steps", type=int, default=500)
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.1, 1.0])
+    parser.add_argument("--max_steps", type=int, default=200)
     parser.add_argument("--figure", default=REPO / "data" / "figures" / "frontier.png", help="the file to draw")
     args = parser.parse_args()
     runs = {
