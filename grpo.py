@@ -194,7 +194,8 @@ def parser():
     p = argparse.ArgumentParser(prog="grpo.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
-    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .parquet file")
+    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .json or .parquet\n"
+        "file")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--reward", choices=["learned", "checker", "mine"],
         help="a reward model, the exact checker, or the function my_reward in reward_model.py\n"

@@ -179,7 +179,6 @@ def train(args):
     material = lessons.problems(args, tok, policy.config.block_size, max_steps * args.prompts)
     problems, held_out = material.train, material.problems
     gpt.check_room(policy, tok, problems + held_out, longest)
-    # Small enough that the peak of the accuracy can be seen.
     optimizer = gpt.make_optimizer(policy, args.lr or (1e-4 if policy.config.n_embd < 512 else 3e-6))
     # The value head starts from nothing, so it may take larger steps than the policy.
     optimizer.add_param_group({"params": list(agent.value.parameters()), "lr": 1e-3})
@@ -259,7 +258,8 @@ def parser():
     p = argparse.ArgumentParser(prog="ppo.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="policy and reference: a folder or gpt2, ... (default: what sft.py makes)")
-    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .parquet file")
+    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .json or .parquet\n"
+        "file")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--reward", choices=["learned", "checker", "mine"],
         help="a reward model, the exact checker, or the function my_reward in reward_model.py\n"

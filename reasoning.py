@@ -417,8 +417,8 @@ def parser():
     p = argparse.ArgumentParser(prog="reasoning.py", description=__doc__.split("\n")[0])
     add = p.add_argument
     add("--load", help="the model that answers: a folder or gpt2, ... (default: what sft.py makes)")
-    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .parquet file. A file of\n"
-        "published model solutions to GSM8K is only counted")
+    add("--data", help="real problems with gold numbers: gsm8k, or a .jsonl, .jsonl.gz, .json or .parquet\n"
+        "file. A file of published model solutions to GSM8K is only counted")
     add("--base", help="the model that sft.py starts from, if it has to run first (its --load)")
     add("--n", type=int, default=256, help="answers per problem (with --data 8)")
     add("--problems", type=int, default=250, help="held-out problems: a standard error of 3 points at most, and\n"

@@ -340,7 +340,7 @@ HACKING = (
     "Gao, Schulman and Hilton 2022; Stiennon et al. 2020, figure 5",
 )
 NO_KL = (
-    "beta = 0: a larger KL to the reference, about the same reward, and a lower accuracy at the end",
+    "beta = 0: a larger KL to the reference, no lower reward, and a lower accuracy at the end",
     "The KL penalty limits how far the policy moves from the answers that the reward model was trained on. Without it "
     "the same number of steps goes farther along the same path.",
     "Gao, Schulman and Hilton 2022, section 3.6",

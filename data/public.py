@@ -34,7 +34,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from data.checker import is_correct, last_answer
+from data.checker import NUMBER, is_correct, last_answer
 
 # Short name -> name on the hub, config, and {our name of a split: its name}.
 HUB = {
@@ -299,7 +299,7 @@ def _problem(row):
     else:
         numbers = (last_answer(text) for text in (solution, f"A: {solution}"))
         gold = next((str(number) for number in numbers if number is not None), None)
-    alone = gold is not None and re.fullmatch(r"[-$0-9.,/% ]+", solution.strip())
+    alone = gold is not None and NUMBER.fullmatch(solution.strip())
     return _row(_render(_asked(row)), chosen=None if alone else solution, answer=gold)
 
 
