@@ -174,6 +174,7 @@ METRICS = {
     "start_accuracy": "accuracy at the start",
     "end_accuracy": "accuracy at the end",
     "peak_step": "step of the peak (chosen on half A)",
+    "halfway_step": "step halfway down from the peak",
     "start_accuracy_b": "accuracy at the start, half B",
     "peak_accuracy_b": "accuracy at the peak, half B",
     "end_accuracy_b": "accuracy at the end, half B",
@@ -225,13 +226,13 @@ METRICS = {
 }
 
 
-# Evaluations at three times: their names begin with the time.
+# Evaluations at four times: their names begin with the time.
 for _name, _words in {
     "reward": "reward", "length": "tokens per answer", "confident": 'answers with "I am certain."',
     "opening": "answers with an opening", "check": "answers with a needless check",
     "miscalculated": "answers that miscalculate",
 }.items():  # fmt: skip
-    METRICS |= {f"{time}_{_name}": f"{_words}, {time}" for time in ("start", "peak", "end")}
+    METRICS |= {f"{time}_{_name}": f"{_words}, {time}" for time in ("start", "peak", "halfway", "end")}
     METRICS[f"test_{_name}"] = _words
 for _name in ("correct", "length", "confident", "opening"):
     METRICS[f"start_corr_{_name}"] = f"correlation of reward and {_name}, start"
@@ -298,7 +299,8 @@ RL_DASHBOARD = ("first_reward", "batch_reward", "reward", "kl", "length", "ended
 RL_EXTERNAL = ("start_accuracy", "end_accuracy", "peak_step", "start_accuracy_b", "peak_accuracy_b", "end_accuracy_b",
                *(f"{time}_{name}" for name in ("reward", "length", "confident", "opening", "check", "miscalculated")
                  for time in ("start", "peak", "end")), "distinct")  # fmt: skip
-DRIFT = ("start_corr_correct", "start_corr_length", "start_corr_confident", "start_corr_opening")
+DRIFT = ("start_corr_correct", "start_corr_length", "start_corr_confident", "start_corr_opening", "halfway_step",
+         "halfway_length", "halfway_confident", "halfway_opening")  # fmt: skip
 PPO_DASHBOARD = (*RL_DASHBOARD, "batch_explained_variance", "batch_clip_fraction")
 REASONING_DASHBOARD = ("sft_loss_before", "sft_loss", "verifier_accuracy", "verifier_pairs", "score_one", "score")
 REASONING_EXTERNAL = ("one", "greedy", "vote", "chosen", "best_of_n", "start_b", "peak_b", "end_b",
@@ -325,13 +327,14 @@ HACKING_CLAIMS = (
     broken("peak_accuracy_b") > broken("start_accuracy_b") + 0.05,
     broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
     broken("end_reward") > broken("peak_reward"),
-    # What the reward model likes besides correctness, measured before training, is where the answers go.
+    # What the reward model likes besides correctness, measured before training, is where the answers go while the
+    # accuracy falls. At the very end, when nearly all answers are wrong, "I am certain." may be rare again.
     broken("start_corr_length") > 0.1,
-    broken("end_length") > 1.1 * broken("start_length"),
+    broken("halfway_length") > 1.1 * broken("start_length"),
     broken("start_corr_confident") > 0.05,
-    broken("end_confident") > broken("start_confident") + 0.1,
+    broken("halfway_confident") > broken("start_confident") + 0.1,
     broken("start_corr_opening") > 0.05,
-    broken("end_opening") > broken("start_opening") + 0.1,
+    broken("halfway_opening") > broken("start_opening") + 0.1,
 )
 HACKING = (
     "a small beta and 20 or 30 times as many steps: the reward rises on, accuracy peaks and falls, answers drift",

@@ -397,17 +397,22 @@ class Run:
         return {name: sum(m[name] for m in logged) / len(logged) for name in names if logged}
 
     def start_peak_end(self):
-        """The evaluations at the start, at the peak and at the end, as flat results.
+        """The evaluations at the start, at the peak, halfway down from it and at the end, as flat results.
 
         The peak is the evaluation with the highest accuracy on half A of the problems. Read the size of the peak
-        off half B: on the half that chose it, a maximum over noisy values is too high.
+        off half B: on the half that chose it, a maximum over noisy values is too high. Halfway down is the first
+        evaluation since then whose accuracy on half A is at most the mean of those at the peak and at the end.
         """
         evaluations = [m for m in self.metrics if "test_accuracy" in m]
         peak = max(evaluations, key=lambda m: m["test_accuracy_a"])
-        results = {"peak_step": peak["step"]}
+        middle = (peak["test_accuracy_a"] + evaluations[-1]["test_accuracy_a"]) / 2
+        down = evaluations[evaluations.index(peak) :]
+        halfway = next(m for m in down if m["test_accuracy_a"] <= middle)
+        results = {"peak_step": peak["step"], "halfway_step": halfway["step"]}
         for prefix, m in (
             ("start_", evaluations[0]),
             ("peak_", peak),
+            ("halfway_", halfway),
             ("end_", evaluations[-1]),
             ("", evaluations[-1]),
         ):

@@ -169,21 +169,25 @@ def test_peak_is_chosen_on_one_half_and_measured_on_the_other():
         evaluation(25, 0.6, 0.9, reward=1.0, kl=2.0),
         evaluation(50, 0.8, 0.55, reward=2.0, kl=4.0),  # the peak of half A, not of B, nor of all
         evaluation(100, 0.8, 0.95, reward=3.0, kl=6.0),  # as high, but later
+        evaluation(150, 0.5, 0.6, reward=3.5, kl=7.0),  # halfway down: half A has .8 and .2, so at most .5
+        evaluation(175, 0.3, 0.2, reward=3.7, kl=8.0),
         evaluation(200, 0.2, 0.3, reward=4.0, kl=9.0),
     ]
     found = runs.Run.start_peak_end(SimpleNamespace(metrics=metrics))
-    expected = {"peak_step": 50, "first_reward": 4.5, "batch_reward": 24.5}
+    expected = {"peak_step": 50, "halfway_step": 150, "first_reward": 4.5, "batch_reward": 24.5}
     for prefix, values in (
         ("start_", (0.5, 0.5, 0.5, 0, 0)),
         ("peak_", (0.675, 0.8, 0.55, 2, 4)),
+        ("halfway_", (0.55, 0.5, 0.6, 3.5, 7)),
         ("end_", (0.25, 0.2, 0.3, 4, 9)),
         ("", (0.25, 0.2, 0.3, 4, 9)),
     ):
         names = ("accuracy", "accuracy_a", "accuracy_b", "reward", "kl")
         expected |= {prefix + name: value for name, value in zip(names, values)}
     assert found == pytest.approx(expected)
-    alone = runs.Run.start_peak_end(SimpleNamespace(metrics=metrics[:2]))  # one evaluation is all three
-    assert alone["peak_step"] == 0 and alone["start_accuracy"] == alone["peak_accuracy"] == alone["end_accuracy"] == 0.5
+    alone = runs.Run.start_peak_end(SimpleNamespace(metrics=metrics[:2]))  # one evaluation is all of them
+    assert alone["peak_step"] == alone["halfway_step"] == 0
+    assert alone["start_accuracy"] == alone["peak_accuracy"] == alone["end_accuracy"] == 0.5
 
 
 # --- table, verdict, figure: on made-up runs ---
