@@ -534,7 +534,7 @@ def completion_logps(model, prompts, completions, temperature=1.0, value_head=No
     (logps, mask, values): values (B, N) are computed from the same hidden states: the value of a token from the
     state just before it.
     """
-    ids, positions, attends, states, mask = pack(prompts, completions, model.wte.weight.device)
+    ids, positions, attends, states, mask = pack(prompts, completions, model.wte.weight)
     hidden = model.hidden(ids, positions=positions, mask=attends)
     # Each token is predicted by the state of the token that it follows; the first answer token by the last state
     # of the prompt. `states` contains this shift: do not shift again.
@@ -564,7 +564,7 @@ def completion_scores(scorer, prompts, completions):
     Returns (scores, mask), both (B, N+1). Column t is the score of the prompt and the first t answer tokens, so
     column len(completion) is the score of the whole answer with its end token. 0 where mask is False.
     """
-    ids, positions, attends, states, mask = pack(prompts, completions, scorer.score.weight.device)
+    ids, positions, attends, states, mask = pack(prompts, completions, scorer.score.weight)
     hidden = scorer.transformer.hidden(ids, positions=positions, mask=attends).flatten(0, 1)
     mask = F.pad(mask, (1, 0), value=True)  # (B, N+1): the prefix without any answer token exists too
     scores = scorer(hidden[states[mask]])
@@ -591,7 +591,7 @@ def mean_kl(policy, ref, prompts, completions, batch=None):
     return total / len(prompts)
 
 
-def pack(prompts, completions, device):
+def pack(prompts, completions, weight):
     """Rows for one forward pass. Adjacent answers to the same prompt share a row, so the prompt is computed once:
 
         ids        p p p a a a b b      two answers, a and b, to the prompt p
@@ -601,14 +601,17 @@ def pack(prompts, completions, device):
     Returns, for R rows of at most L tokens: ids and positions (R, L), and attends (R, 1, L, L), or None if all rows
     are plain sequences. Then, for the B completions: states (B, N+1), where states[b, t] is the index into
     ids.flatten() of the token read last when the prompt and the first t answer tokens have been read (entries
-    behind the end of an answer mean nothing); and exists (B, N), True where there is an answer token.
+    behind the end of an answer mean nothing); and exists (B, N), True where there is an answer token. weight is one of
+    the model's: its last dimension is the width, and its device that of the rows.
     """
-    B, N = len(prompts), max(map(len, completions))
+    B, N, device = len(prompts), max(map(len, completions)), weight.device
     rows, last = [], None  # of (ids, positions, segments)
     starts = []  # for each completion: its row, and the place of its first token in it
     for prompt, completion in zip(prompts, completions):
-        # At most eight answers per row: the cost of attention grows with the square of the row's length.
-        if prompt != last or rows[-1][2][-1] == 8:
+        # Two answers always share a row. More do only while it is short: the cost of attention grows with the square
+        # of the row's length, and in a row of twice the model's width it is already a large part of the whole cost.
+        full = 2 * max(weight.shape[-1], len(prompt))
+        if prompt != last or (rows[-1][2][-1] >= 2 and len(rows[-1][0]) + len(completion) > full):
             last = prompt
             rows.append((list(prompt), list(range(len(prompt))), [0] * len(prompt)))
         ids, positions, segments = rows[-1]

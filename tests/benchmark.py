@@ -1,4 +1,4 @@
-"""How fast is gpt.py compared with transformers? Prints a table; it is not a test.
+"""How fast is gpt.py compared with transformers? Prints a table and keeps it in data/results/; it is not a test.
 
     python tests/benchmark.py               three minutes at most, on two cores
     python tests/benchmark.py --quick       fewer repetitions
@@ -37,6 +37,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: all weights are ran
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from measure import keep_table
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
@@ -46,6 +47,7 @@ from data.runs import rng
 TINY = gpt.GPTConfig(vocab_size=gpt.Tokenizer("task").vocab_size)
 SMALL = gpt.GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768, tokenizer="gpt2")  # 124M
 SIDE = 2048  # of the matrix product
+FORMAT = "{:34}{:>10}{:>14}{:>22}{:>9}{:>8}"
 LIMIT = 18  # seconds per row, so that everything ends within three minutes, also on a busy machine
 
 
@@ -105,7 +107,7 @@ def seconds(work, repeat):
 
 
 def compare(name, ours, theirs, tokens, rounds, repeat, flops=None):
-    """Run both in turn, for `rounds` rounds or LIMIT seconds, and print one row.
+    """Run both in turn, for `rounds` rounds or LIMIT seconds. Prints and returns one row.
 
     ours, theirs: functions that were called before, because a first call is slow. tokens, flops: per call. Each turn
     makes `repeat` calls, because one can be too short for the clock.
@@ -126,9 +128,11 @@ def compare(name, ours, theirs, tokens, rounds, repeat, flops=None):
             fastest = min(seconds(lambda: torch.mm(matrix, matrix, out=product), 1) for _ in range(2))
             fractions.append(flops / both[ours] / (2 * SIDE**3 / fastest))
     our_speed, their_speed = (tokens / statistics.median(measured) for measured in times)
-    of_peak = f"{statistics.median(fractions):9.0%}" if flops else f"{'':9}"
-    ratio = f"{statistics.median(ratios):7.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-    print(f"{name:34}{our_speed:10,.0f}{their_speed:14,.0f}{ratio:>22}{of_peak}{len(ratios):8}", flush=True)
+    of_peak = f"{statistics.median(fractions):.0%}" if flops else ""
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    cells = [name, f"{our_speed:,.0f}", f"{their_speed:,.0f}", ratio, of_peak, len(ratios)]
+    print(FORMAT.format(*cells), flush=True)
+    return cells
 
 
 def train_flops(config, model, batch, length):
@@ -144,7 +148,7 @@ def training(name, config, batch, length, bfloat16, rounds, repeat):
     # Speeds can be compared only if both sides compute the same.
     losses = [train_step(model, optimizers[model], ids, bfloat16) for model in (ours, theirs)]
     assert abs(losses[0] - losses[1]) < (0.05 if bfloat16 else 1e-3), losses
-    compare(
+    return compare(
         f"{name} training, {batch} x {length}{', bfloat16' if bfloat16 else ''}",
         lambda: train_step(ours, optimizers[ours], ids, bfloat16),
         lambda: train_step(theirs, optimizers[theirs], ids, bfloat16),
@@ -158,7 +162,7 @@ def sampling(name, config, batch, prompt, new, bfloat16, rounds):
     prompts = torch.randint(config.vocab_size, (batch, prompt), generator=rng(2))
     for model in (ours, theirs):
         assert generate(model, prompts, new, bfloat16) == batch * new
-    compare(
+    return compare(
         f"{name} sampling, {batch} x {new}{', bfloat16' if bfloat16 else ''}",
         lambda: generate(ours, prompts, new, bfloat16),
         lambda: generate(theirs, prompts, new, bfloat16),
@@ -181,14 +185,18 @@ def main():
 
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
-          "tokens per second\n")  # fmt: skip
-    print(f"{'':34}{'gpt.py':>10}{'transformers':>14}{'ratio (range)':>22}{'of peak':>9}{'rounds':>8}")
-    training("tiny", TINY, 32, 64, False, rounds(15), 5)
-    training("tiny", TINY, 16, 64, False, rounds(15), 5)
-    sampling("tiny", TINY, 64, 30, 56, False, rounds(9))
+          "\n")  # fmt: skip
+    columns = ["tokens per second", "gpt.py", "transformers", "ratio (range)", "of peak", "rounds"]
+    print(FORMAT.format(*columns))
+    rows = [
+        training("tiny", TINY, 32, 64, False, rounds(15), 5),
+        training("tiny", TINY, 16, 64, False, rounds(15), 5),
+        sampling("tiny", TINY, 64, 30, 56, False, rounds(9)),
+    ]
     for bfloat16 in (False, True):
-        training("124M", SMALL, 2, 256, bfloat16, rounds(5), 1)
-        sampling("124M", SMALL, 4, 30, 32, bfloat16, rounds(5))
+        rows.append(training("124M", SMALL, 2, 256, bfloat16, rounds(5), 1))
+        rows.append(sampling("124M", SMALL, 4, 30, 32, bfloat16, rounds(5)))
+    keep_table("speed", "Speed beside `transformers`", columns, rows, f"transformers {transformers.__version__}.")
     print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these cores "
           "slows both sides and makes the ratio less certain.")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How fast is one training step compared with TRL's trainers? Prints a table; it is not a test.
+"""How fast is one training step compared with TRL's trainers? Prints tables, kept in data/results/; it is not a test.
 
     python tests/benchmark_trl.py               a few minutes, on two cores
     python tests/benchmark_trl.py --quick       fewer steps
@@ -22,7 +22,9 @@ Before the measurement both compute the loss of one batch, and it must be the sa
 TRL's own train() runs, and a callback at the end of each of its steps makes one of ours, so other work on the machine
 slows both. Their time is from the end of our step to the end of their next one: batch, loss, update, and what a Trainer
 does around them. Our time is everything between two steps of the script, without the line in metrics.jsonl. The table
-shows steps per second (median), and the median of the ratio within a turn.
+shows steps per second (median), and the median of the ratio within a turn. Then it shows where our time goes:
+the fractions that the parts of our steps take, and the fraction that is spent in matrix products, by the profiler. TRL
+needs the same products, so they limit the ratio.
 
 There is no row for PPO, because TRL 1.16 has no PPOTrainer any more. Its sampling and update are those of the grpo row.
 """
@@ -45,6 +47,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from measure import keep_table
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -62,6 +65,7 @@ from data import lessons, task
 from data.checker import is_correct
 from data.runs import batch_indices, rng
 
+FORMAT = "{:18}{:>10}{:>10}{:>24}{:>8}"
 TOK = gpt.Tokenizer("task")
 PROMPTS, GROUP, NEW = 8, 8, 48  # grpo
 BATCH = 32  # all others
@@ -87,11 +91,33 @@ def words(ids):
     return " ".join(map(str, ids))
 
 
+PARTS = ("sampling", "reference", "loss", "backward", "clipping and AdamW")
+
+
+class Clock:
+    """Seconds per part of our steps: clock(name) adds the time since the last call to that part."""
+
+    def __init__(self):
+        self.seconds, self.since = dict.fromkeys(PARTS, 0.0), time.perf_counter()
+
+    def __call__(self, part=None):
+        now = time.perf_counter()
+        if part:
+            self.seconds[part] += now - self.since
+        self.since = now
+
+
+clock = Clock()
+
+
 def update(model, optimizer, loss):
+    clock("loss")
     optimizer.zero_grad()
     loss.backward()
+    clock("backward")
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    clock("clipping and AdamW")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -133,8 +159,10 @@ def grpo_row(folder, steps):
         old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)
         rewards = reward_model.checker_reward(group, answers)
         advantages = grpo.group_advantages(rewards.view(PROMPTS, GROUP)).view(-1, 1)
+        clock("sampling")
         with torch.no_grad():
             ref_logps, _ = gpt.completion_logps(ref, prompts, completions)
+        clock("reference")
         logps, mask = gpt.completion_logps(policy, prompts, completions)
         losses = grpo.policy_loss(logps, old_logps, advantages) + BETA * grpo.k3(logps, ref_logps)
         update(policy, optimizer, grpo.aggregate(losses, mask, "dapo", NEW))
@@ -225,14 +253,26 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, args, state, control, **rest):
         ended = time.perf_counter()
+        if len(self.ours) == WARMUP:
+            clock.__init__()
+        clock()
         self.step(len(self.ours))
         self.theirs.append(ended - self.since)
         self.since = time.perf_counter()
         self.ours.append(self.since - ended)
 
 
+def matrix_products(step):
+    """The fraction of the time of three of our steps that is spent in matrix products."""
+    with torch.profiler.profile() as profile:
+        for i in range(3):
+            step(i)
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return sum(times.get(f"aten::{name}", 0) for name in ("mm", "addmm", "bmm", "baddbmm")) / sum(times.values())
+
+
 def compare(name, row, folder, steps):
-    """Check that both sides compute the same loss, let them take turns, print one line."""
+    """Check that both sides compute the same loss, and let them take turns. Prints and returns a row of each table."""
     trainer, step, loss_of = row(folder, steps + WARMUP)
     trainer.remove_callback(PrinterCallback)
     if loss_of:
@@ -246,8 +286,15 @@ def compare(name, row, folder, steps):
     ours, theirs = turns.ours[WARMUP:], turns.theirs[WARMUP:]
     ratios = [b / a for a, b in zip(ours, theirs)]
     speeds = [1 / statistics.median(seconds) for seconds in (ours, theirs)]
-    print(f"{name:14}{speeds[0]:12.2f}{speeds[1]:12.2f}{statistics.median(ratios):10.2f} "
-          f"({min(ratios):.2f}-{max(ratios):.2f}){len(ratios):8}", flush=True)  # fmt: skip
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    cells = [name, *(f"{speed:.2f}" for speed in speeds), ratio, len(ratios)]
+    print(FORMAT.format(*cells), flush=True)
+    whole = sum(clock.seconds.values())
+    return cells, [
+        name,
+        *(f"{seconds / whole:.0%}" for seconds in clock.seconds.values()),
+        f"{matrix_products(step):.0%}",
+    ]
 
 
 ROWS = {"grpo": grpo_row, "dpo": dpo_row, "sft": sft_row, "reward_model": reward_model_row}
@@ -278,12 +325,21 @@ def main():
     begun = time.time()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
           f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
-          "steps per second\n")  # fmt: skip
-    print(f"{'':14}{'ours':>12}{'TRL':>12}{'ratio (range)':>22}{'steps':>8}")
+          "\n")  # fmt: skip
+    columns = ["steps per second", "here", "TRL", "ratio (range)", "steps"]
+    print(FORMAT.format(*columns))
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder))
-        for name in args.rows or ROWS:
-            compare(name, ROWS[name], folder, steps if name == "grpo" else 3 * steps)
+        rows = [compare(name, ROWS[name], folder, steps if name == "grpo" else 3 * steps) for name in args.rows or ROWS]
+    speeds, parts = (list(table) for table in zip(*rows))
+    print("\nWhere our time goes:\n")
+    names = ["", *PARTS, "matrix products"]
+    for cells in (names, *parts):
+        print("{:18}{:>10}{:>11}{:>8}{:>10}{:>20}{:>17}".format(*cells))
+    if not args.rows:
+        versions = f"transformers {transformers.__version__}, TRL {trl.__version__}."
+        keep_table("speed_trl", "Speed beside TRL", columns, speeds, versions)
+        keep_table("speed_trl_parts", "Where the time of our steps goes", names, parts)
     print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these cores "
           "slows both sides and makes the ratio less certain.")  # fmt: skip
 

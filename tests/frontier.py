@@ -3,8 +3,8 @@
     python tests/frontier.py --seeds 201 202 203
 
 Draws data/figures/frontier.png: accuracy against the distance sqrt(KL) from the SFT model, every evaluation of every
-seed, on the left for the reward model and on the right for the exact checker. Prints a table for each of the two. Runs
-are kept under runs/ in the current folder, as in measure.py.
+seed, on the left for the reward model and on the right for the exact checker. Prints a table and keeps it in
+data/results/. Runs are kept under runs/ in the current folder, as in measure.py.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws into a file: works without a screen
 import matplotlib.pyplot as plt
-from measure import REPO, header, row, spread, trained
+from measure import REPO, header, keep_table, row, spread, trained
 
 
 def evaluations(reward, beta, seed, steps):
@@ -52,15 +52,20 @@ def main():
         for reward in ("learned", "checker")
     }
     draw(runs, args.figure)
+    columns = ["reward", "beta", "KL at the end", "reward at the end", "accuracy at the start, half B", "at the peak",
+               "at the end"]  # fmt: skip
+    rows = []
     for reward, betas in runs.items():
-        print(f"\nGRPO on reward {reward}, {args.max_steps} steps, seeds {args.seeds}: mean (lowest to highest)\n")
-        header(
-            "beta", "KL at the end", "reward at the end", "accuracy at the start, half B", "at the peak", "at the end"
-        )
         for beta, seeds in betas.items():
             peaks = [max(run, key=lambda m: m["test_accuracy_a"])["test_accuracy_b"] for run in seeds]
             kl, gained, end = ([run[-1][f"test_{key}"] for run in seeds] for key in ("kl", "reward", "accuracy_b"))
-            row(f"{beta:g}", *map(spread, (kl, gained, [run[0]["test_accuracy_b"] for run in seeds], peaks, end)))
+            start = [run[0]["test_accuracy_b"] for run in seeds]
+            rows.append([reward, f"{beta:g}", *map(spread, (kl, gained, start, peaks, end))])
+    header(*columns)
+    for cells in rows:
+        row(*cells)
+    keep_table("frontier", "What a KL penalty is for: a learned and a true reward", columns, rows,
+               f"GRPO, {args.max_steps} steps. Mean (lowest to highest) of {len(args.seeds)} seeds.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -195,6 +195,16 @@ def measure_seed(seed, wanted, flags, stop, renew=False):
     return results
 
 
+def keep_table(name, title, columns, rows, notes=""):
+    """Write the table of another command (a benchmark, say) to data/results/NAME.json: --tables prints it."""
+    command = " ".join(["python", f"tests/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    cores = f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} used"
+    kept = {"title": title, "command": command, **commit(), "machine": f"{cores}, torch {torch.__version__}",
+            "columns": columns, "rows": rows, "notes": notes}  # fmt: skip
+    text = json.dumps(kept, indent=1) + "\n"
+    runs.write_atomically(RESULTS / f"{name}.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 # ---------------------------------------------------------------------------------------------
 # Tables
 
@@ -296,7 +306,8 @@ def write_tables():
     """Replace what stands between the marks of data/results/README.md and of README.md, and draw the latter's figures.
     The rest of both files is written by hand and kept."""
     readme = RESULTS / "README.md"
-    found = groups(runs.read_json(path) for path in sorted(RESULTS.glob("*.json")))
+    kept = [runs.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    found = groups(result for result in kept if "break" in result)
     lines = overview(found)
     for (script, name, flags), results in found.items():
         metrics = None
@@ -312,10 +323,15 @@ def write_tables():
         lines += ["", f"Mean (lowest to highest) of {len(results)} seeds. Commit {', '.join(sorted(commits))}; "
                   f"{'; '.join(sorted({r['machine'] for r in results}))}; "
                   f"{spread([r['seconds'] for r in results], 0)} seconds per seed."]  # fmt: skip
+    for table in (table for table in kept if "rows" in table):
+        lines += ["", f"### {table['title']}", "", f"`{table['command']}`", ""]
+        lines += [line(*table["columns"]), "|---" * len(table["columns"]) + "|", *(line(*r) for r in table["rows"])]
+        edits = " with edits" if table["dirty"] else ""
+        lines += ["", f"{table['notes']} Commit `{table['commit'][:7]}`{edits}; {table['machine']}.".strip()]
     between(readme, BEGIN, END, "\n".join(lines))
     write_figures(found, REPO / "data" / "figures")
     write_first_table(found, REPO / "README.md")
-    print(f"{readme}: {sum(map(len, found.values()))} results, {len(found)} tables")
+    print(f"{readme}: written from {len(kept)} results")
 
 
 def main(argv=None):

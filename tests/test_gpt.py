@@ -527,7 +527,8 @@ def test_packed_answers_equal_answers_alone():
 
 
 def test_pack_by_hand():
-    ids, positions, mask, states, exists = gpt.pack([[7, 8], [7, 8], [9]], [[1], [2, 3], [4]], "cpu")
+    weight = torch.zeros(1, 32)
+    ids, positions, mask, states, exists = gpt.pack([[7, 8], [7, 8], [9]], [[1], [2, 3], [4]], weight)
     assert ids.tolist() == [[7, 8, 1, 2, 3], [9, 4, 0, 0, 0]]
     assert positions.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
     assert mask[0, 0].int().tolist() == [
@@ -539,7 +540,16 @@ def test_pack_by_hand():
     ]
     assert states[exists.new_tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0]])].tolist() == [1, 2, 1, 3, 4, 5, 6]
     assert exists.tolist() == [[True, False], [True, True], [True, False]]
-    assert gpt.pack([[7], [8]], [[1], [2]], "cpu")[2] is None  # plain rows take the fast path
+    assert gpt.pack([[7], [8]], [[1], [2]], weight)[2] is None  # plain rows take the fast path
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, rows", [(10, 18, [3, 2]), (10, 19, [2, 2, 1]), (40, 5, [5]), (2, 60, [2, 2, 1])]
+)
+def test_how_many_answers_share_a_row(prompt, answer, rows):
+    """Width 32: rows of 64 tokens, or of twice the prompt, and of two answers at least."""
+    ids, _, _, _, _ = gpt.pack([[1] * prompt] * 5, [[2] * answer] * 5, torch.zeros(1, 32))
+    assert (ids == 2).sum(1).tolist() == [n * answer for n in rows]
 
 
 # --- the tokenizer ---
