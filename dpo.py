@@ -40,8 +40,8 @@ How to read the log:
   only on their difference. That is a problem only if `accuracy_sampled` falls too.
 - `pair_accuracy`: the fraction of the batch in which the chosen answer has the higher implicit reward, by the labels
   that are trained on. At step 0 it is rounding noise, because all margins are 0.
-- `held_out_accuracy`: the same on pairs that are not trained on, with true labels. At step 0 all margins are 0, which
-  counts as wrong, so it is 0.000. Later, .5 is chance, and a value near 0 means that the labels are swapped.
+- `held_out_accuracy`: the same on pairs that are not trained on, with true labels. .5 is chance, also at step 0, where
+  all margins are 0 (a tie counts half). A value near 0 means that the labels are swapped.
 - With judgements of single answers (--loss kto), margin and accuracies compare a good answer with a bad one to another
   prompt.
 - `grad_norm`: the gradient norm before it is clipped at 1. `logp_chosen`, `logp_rejected`: mean log-probabilities in
@@ -193,9 +193,9 @@ def all_pair_logps(model, encoded, batch):
 
 @torch.no_grad()
 def pair_accuracy(model, encoded, ref_logps, batch):
-    """Fraction of pairs in which the chosen answer has the higher implicit reward."""
+    """Fraction of pairs in which the chosen answer has the higher implicit reward. A tie counts half."""
     h = all_pair_logps(model, encoded, batch) - ref_logps  # (P, 2): log pi/ref
-    return (h[:, 0] > h[:, 1]).float().mean().item()
+    return (1 + (h[:, 0] - h[:, 1]).sign().mean().item()) / 2
 
 
 @torch.no_grad()

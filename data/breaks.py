@@ -242,6 +242,55 @@ def label(metric):
     return METRICS.get(metric, metric)
 
 
+# What the names mean, for a reader who meets them for the first time: shown on the page of a run.
+MEANINGS = {
+    "loss": "what training minimizes. Only losses of the same kind can be compared.",
+    "grad_norm": "the length of the gradient, before it is clipped at 1.",
+    "margin": "the implicit reward of the chosen answer minus that of the rejected one. Training makes it large.",
+    "pair_accuracy": "the fraction of the pairs in a batch whose chosen answer gets the higher reward. Chosen is what "
+                     "the label says, right or wrong.",
+    "reward_chosen": "beta times the log-probability that the chosen answer has gained since the start of training.",
+    "reward_rejected": "the same for the rejected answer.",
+    "ref_accuracy": "the fraction of pairs whose chosen answer is the likelier one before training.",
+    "ref_margin": "log-probability of the chosen answer minus that of the rejected one, before training.",
+    "held_out_accuracy": "the fraction of pairs, none of them trained on, whose chosen answer gets the higher reward. "
+                         ".5 is chance.",
+    "held_out_loss": "the same loss on pairs that are not trained on.",
+    "accuracy_sampled": "the fraction of held-out problems that are solved by one answer, drawn at random from the "
+                        "model's own probabilities. The exact checker decides.",
+    "accuracy_greedy": "the same, but the model always takes its likeliest token.",
+    "accuracy": "the fraction of held-out problems that one sampled answer solves. The exact checker decides.",
+    "peak_step": "the evaluation with the highest accuracy on one half of the held-out problems (A). How high it is "
+                 "is read off the other half (B): the highest of many noisy values is too high.",
+    "ended": "the fraction of answers that stop by themselves instead of being cut off.",
+    "length": "tokens per answer.",
+    "pass@64": "the fraction of problems that at least one of 64 sampled answers solves.",
+    "kl": "how far the policy is from the model that it started from: the mean over its own answers of how much their "
+          "log-probability has changed. At 0 nothing has changed; at 8 nats an answer is about three thousand times "
+          "as likely as at the start.",
+    "reward": "the mean score of the answers under the reward model. Scores are shifted and scaled so that the "
+              "starting model has about 0 with a standard deviation of 1.",
+    "batch_reward": "the mean score of the sampled answers, as training sees it.",
+    "batch_kl": "the KL that training computes from its own samples.",
+    "batch_clip_fraction": "the fraction of tokens for which PPO's clip stopped the update.",
+    "batch_explained_variance": "how well the value function predicts the returns: 1 is perfect, 0 no better than a "
+                                "constant.",
+    "confident": 'the fraction of answers with "I am certain.", which says nothing about correctness.',
+    "opening": 'the fraction of answers with an opening such as "Sure!", which says nothing about correctness.',
+    "miscalculated": "the fraction of answers with a false sum in them.",
+    "true_labels": "the fraction of pairs in which a correct answer gets a higher score than a wrong one.",
+    "corr_length": "correlation, over answers, between the score and the number of tokens.",
+    "corr_correct": "correlation, over answers, between the score and being correct.",
+    "verifier_accuracy": "the fraction of held-out solutions that the verifier judges rightly.",
+    "score": "the verifier's mean score of the answer that was selected.",
+    "best_of_n": "accuracy of the answer that the verifier likes best among N.",
+    "oracle": "the fraction of problems with a correct answer among the N: no selection can do better.",
+    "calls": "calls of the tool per answer.",
+    "loss_own": "the loss on the tokens that the model writes itself, without the tool's results.",
+    "wrong_results": "the fraction of results in the answers that the tool would not return.",
+}  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------
 # The catalogue
 

@@ -220,16 +220,18 @@ def chart(title, lines, x="step", shares=False, marked=None, fraction=False):
 
 
 def bars(title, values):
-    """Horizontal bars. values: [(style, name, value), ...], from 0 on, or from the smallest if it is negative."""
+    """Horizontal bars. values: [(style, name, value), ...], from 0 on, or from the smallest if it is negative: then a
+    line marks 0."""
     low, high = min(0.0, *(v for *_, v in values)), max(0.0, *(v for *_, v in values))
     if FRACTION.search(title) and low >= 0 and high <= 1:
         high = 1.0
+    zero = f'<i style="left:{100 * -low / (high - low):.1f}%"></i>' if low < 0 < high else ""
     rows = []
     for style, name, value in values:
         left, width = (100 * v / ((high - low) or 1) for v in (min(value, 0) - low, abs(value)))
         rows.append(
             f'<div class="key {style}"><b>{escape(name)}</b> {number(value)}</div><div class=bar>'
-            f'<div class="{style}" style="margin-left:{left:.1f}%;width:{max(width, 0.5):.1f}%"></div></div>'
+            f'<div class="{style}" style="margin-left:{left:.1f}%;width:{max(width, 0.5):.1f}%"></div>{zero}</div>'
         )
     return f"<figure class=chart><figcaption>{escape(title)}</figcaption>{''.join(rows)}</figure>"
 
@@ -247,6 +249,15 @@ def compared(metric, both, styles, names, shares=False, title=None):
         lines = [(s, n, *line[1:], value) for s, n, line, value in zip(styles, names, found, last)]
         return chart(title, lines, x, shares and x == "step", fraction=bool(FRACTION.search(metric)))
     return "" if None in last else bars(title, list(zip(styles, names, last)))
+
+
+def meanings(metrics):
+    """What the names of these metrics mean, as far as the catalogue explains them."""
+    # "end_length" and "test_length" are explained as "length".
+    names = (metric if metric in breaks.MEANINGS else metric.split("_", 1)[-1] for metric in metrics)
+    known = dict.fromkeys(name for name in names if name in breaks.MEANINGS)
+    rows = "".join(f"<dt>{escape(label(m))}<dd>{escape(breaks.MEANINGS[m])}" for m in known)
+    return f"<details><summary>What the names mean</summary><dl>{rows}</dl></details>" if rows else ""
 
 
 def joined(charts, large=False):
@@ -291,7 +302,7 @@ def guess(clean, run, entry):
 <h2><span>2</span> Which one is broken?</h2>
 <p>This is what you see while both runs train. One of them has the mistake above. Look, then choose below. A number
 over a curve is the run's result: of what is logged at every step, a mean over the last steps.</p>
-{joined(charts)}
+{joined(charts)}{meanings(on_dashboard(entry))}
 <div class=vote role=group aria-label="Which run is broken?">{buttons}<button type=button data-choice="">I cannot tell
 </button></div>
 <p id=answer role=status hidden data-more="{escape(more)}"></p></section>"""
@@ -331,7 +342,7 @@ def external(clean, run, entry):
     return f"""<section><h2><span>3</span> External evaluation</h2>
 <p>Training does not measure this. It is measured on problems and pairs that are not trained on, with true answers and
 labels. Here the two runs have their names.</p>
-{joined(charts, large=True)}{joined(rest)}
+{joined(charts, large=True)}{joined(rest)}{meanings([*shown, *entry.external])}
 <details><summary>All numbers</summary>{table(clean, run, entry)}</details></section>"""
 
 

@@ -15,6 +15,17 @@ pytest_plugins = ["server"]
 
 ALL = [pytest.param(b, id=f"{b.script}-{b.name}") for b in breaks.BREAKS]
 
+# --- what the names mean ---
+
+
+def test_the_meanings_are_of_known_metrics():
+    """Each belongs to a metric of the catalogue, or to one that is measured at several times, such as end_length."""
+    for metric in breaks.MEANINGS:
+        assert metric in METRICS or f"end_{metric}" in METRICS or f"test_{metric}" in METRICS, metric
+    html = page.meanings(["start_length", "test_length", "end_opening", "policy_pairs"])
+    assert html.count("<dt>") == 2 and breaks.MEANINGS["length"] in html and not page.meanings(["policy_pairs"])
+
+
 # --- the excerpt of the mistake ---
 
 # A piece of what each mistake is, written down by hand; "also" where a second place belongs to it.
