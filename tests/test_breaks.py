@@ -104,19 +104,23 @@ def python(cwd, script, *flags):
 @pytest.fixture(scope="module")
 def done(cwd):
     """{(script, name): finished process} of all breaks, run as a reader would, two at a time."""
-    # What several breaks start from, first: two processes cannot write one run.
-    for script, *flags in (("sft",), ("sft", "--answer_only"), ("reward_model",)):
-        assert not python(cwd, script, *flags).returncode
-    # Breaks with the same flags have the same clean run, so they take turns.
+    # What several breaks start from is made once, and first: two processes cannot write one run.
+    for flags in ([], ["--answer_only"]):
+        assert not python(cwd, "sft", *flags).returncode
+    # Breaks with the same flags have the same clean run, so they take turns. While the one process makes the reward
+    # model, the other one begins with the breaks that do not need it.
     groups = {}
-    for b in BREAKS:
+    for b in sorted(BREAKS, key=lambda b: b.script in ("reward_model", "ppo", "grpo")):
         groups.setdefault((b.script, b.flags), []).append(b)
 
     def run(some):
+        if some[0].script in ("reward_model", "ppo", "grpo"):
+            assert not reward_model.result().returncode
         return {(b.script, b.name): python(cwd, b.script, "--break", b.name, *FLAGS.get((b.script, b.name), "").split())
                 for b in some}  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
+        reward_model = pool.submit(python, cwd, "reward_model")
         return {key: process for made in pool.map(run, groups.values()) for key, process in made.items()}
 
 
