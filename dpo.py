@@ -60,7 +60,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data import breaks, lessons, report, runs, task
+from data import breaks, lessons, parts, report, runs, task
 
 # ---------------------------------------------------------------------------------------------
 # The losses: pure functions of log-probabilities. All arguments are tensors (B,) in nats; the result is a scalar.
@@ -309,7 +309,7 @@ def train(args):
         tokens = sum(map(len, chosen))  # of the whole batch
         optimizer.zero_grad()
         log = {}
-        for some in runs.micro_batches(rows, args.micro_batch):  # b of the B pairs; by default all of them
+        for some in parts.micro_batches(rows, args.micro_batch):  # b of the B pairs; by default all of them
             share, b = len(some) / batch, len(some)
             logps, lengths = pair_logps(policy, *map(list, zip(*(encoded[i] for i in some))))  # (2b,)
             ref_rows = ref_logps[some].t().flatten()  # (b, 2) -> (2b,): all chosen, then all rejected
@@ -324,8 +324,8 @@ def train(args):
             # The logged rewards are computed from sums over tokens, also for the losses that use means. Like the
             # loss, they belong to the weights before this update.
             reward_chosen, reward_rejected = (beta * (logps - ref_rows)).detach().split(b)  # (b,) each
-            runs.add(log, 1, loss=loss)
-            runs.add(
+            parts.add(log, 1, loss=loss)
+            parts.add(
                 log,
                 share,
                 logp_chosen=logps[:b].mean(),
@@ -335,7 +335,7 @@ def train(args):
                 margin=(reward_chosen - reward_rejected).mean(),
                 pair_accuracy=(reward_chosen > reward_rejected).float().mean(),
             )
-        runs.add_up(policy, log)
+        parts.add_up(policy, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         run.log(step, **log, grad_norm=grad_norm)

@@ -45,7 +45,7 @@ import argparse
 import torch
 
 import gpt
-from data import breaks, lessons, report, runs
+from data import breaks, lessons, parts, report, runs
 from ppo import policy_loss
 from reward_model import make_reward
 
@@ -130,9 +130,9 @@ def train(args):
             break
         # ---- rollouts: G answers to each of P prompts
         batch = [p for p in problems[step * P : (step + 1) * P] for _ in range(G)]  # B = P * G
-        generator, mine = runs.own_rng(args.seed, "rollouts", step), runs.share(batch)
+        generator, mine = runs.own_rng(args.seed, "rollouts", step), parts.share(batch)
         answers = gpt.solve(policy, tok, mine, args.temperature, generator, longest, batch=P * G)
-        answers = runs.gather(answers, args.device)
+        answers = parts.gather(answers, args.device)
         prompts, completions = [tok.prompt(p.text) for p in batch], [a.ids for a in answers]
         # pi_old: the distribution that the tokens were really drawn from, as recorded in sampling.
         old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)  # (B, N)
@@ -147,7 +147,7 @@ def train(args):
         for _ in range(args.epochs):
             optimizer.zero_grad()
             all_logps, loss = torch.zeros_like(ref_logps), 0.0  # of the batch, to be logged
-            for rows in runs.micro_batches(list(range(P * G)), args.micro_batch):  # b answers; by default all
+            for rows in parts.micro_batches(list(range(P * G)), args.micro_batch):  # b answers; by default all
                 few = [prompts[i] for i in rows], [completions[i] for i in rows]
                 logps, m = gpt.completion_logps(policy, *few, args.temperature)  # (b, n)
                 # The longest answer of the micro-batch may be shorter than that of the batch: cut the columns.
@@ -162,7 +162,7 @@ def train(args):
                 part.backward()
                 all_logps[rows, : m.shape[1]] = logps.detach()
                 loss += part.detach()
-            runs.add_up(policy, {"loss": loss, "logps": all_logps})
+            parts.add_up(policy, {"loss": loss, "logps": all_logps})
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
         with torch.no_grad():

@@ -57,7 +57,7 @@ import torch
 import torch.nn as nn
 
 import gpt
-from data import breaks, lessons, report, runs
+from data import breaks, lessons, parts, report, runs
 from reward_model import make_reward
 
 # ---------------------------------------------------------------------------------------------
@@ -141,9 +141,9 @@ def adapt(beta, kl, target, answers):
 
 def rollouts(policy, ref, value, reward, tok, problems, args, step, beta):
     """Answers of the policy, and everything about them that stays fixed during the updates on them."""
-    generator, mine = runs.own_rng(args.seed, "rollouts", step), runs.share(problems)
+    generator, mine = runs.own_rng(args.seed, "rollouts", step), parts.share(problems)
     answers = gpt.solve(policy, tok, mine, args.temperature, generator, args.max_tokens, batch=len(problems))
-    answers = runs.gather(answers, args.device)
+    answers = parts.gather(answers, args.device)
     prompts, completions = [tok.prompt(p.text) for p in problems], [a.ids for a in answers]
     # Every pass divides by the sampling temperature. Then pi_old, pi and pi_ref are distributions of the same kind,
     # and the ratio is 1 before the first update.
@@ -209,7 +209,7 @@ def train(args):
                 tokens = mask[rows].sum()  # of the minibatch
                 optimizer.zero_grad()
                 log = {}
-                for some in runs.micro_batches(rows, args.micro_batch):  # by default all of the minibatch
+                for some in parts.micro_batches(rows, args.micro_batch):  # by default all of the minibatch
                     few = [prompts[i] for i in some], [completions[i] for i in some]
                     logps, m, values = gpt.completion_logps(policy, *few, args.temperature, agent.value)  # (b, n)
                     # The longest of these answers may be shorter than that of the batch: cut the columns.
@@ -222,8 +222,8 @@ def train(args):
                         ratio = torch.exp(logps - old)[m]  # (M,)
                         out = ((ratio - 1).abs() > args.clip).float().mean()
                         moved = (ratio - 1 - ratio.log()).mean()  # k3 of pi_old against pi
-                    runs.add(log, share, policy_loss=pg_loss, value_loss=v_loss, clipped=out, approx_kl=moved)
-                runs.add_up(agent, log)
+                    parts.add(log, share, policy_loss=pg_loss, value_loss=v_loss, clipped=out, approx_kl=moved)
+                parts.add_up(agent, log)
                 grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
                 optimizer.step()
                 clipped.append(log["clipped"])

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data import breaks, lessons, report, runs, task
+from data import breaks, lessons, parts, report, runs, task
 from data.checker import is_correct, miscalculates
 from data.task import correlation
 
@@ -253,14 +253,14 @@ def train(args):
         rows = runs.batch_indices(len(encoded), batch, step, args.seed)
         optimizer.zero_grad()
         log = {}
-        for some in runs.micro_batches(rows, args.micro_batch):  # b of the B pairs; by default all of them
+        for some in parts.micro_batches(rows, args.micro_batch):  # b of the B pairs; by default all of them
             chosen, rejected = pair_scores(scorer, *map(list, zip(*(encoded[i] for i in some))))  # (b,) each
             share = len(some) / batch  # a mean over b pairs is weighted by b / B
             loss = bradley_terry_loss(chosen, rejected)
             (share * loss).backward()
             margin = chosen - rejected
-            runs.add(log, share, loss=loss, pair_accuracy=(margin > 0).float().mean(), margin=margin.mean())
-        runs.add_up(scorer, log)
+            parts.add(log, share, loss=loss, pair_accuracy=(margin > 0).float().mean(), margin=margin.mean())
+        parts.add_up(scorer, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
         run.log(step, **log, grad_norm=grad_norm)

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data import breaks, lessons, report, runs, task
+from data import breaks, lessons, parts, report, runs, task
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm
@@ -56,7 +56,7 @@ def sft_loss(model, ids, labels):
 
     ids: (B, T). labels: (B, T), the ids themselves where a token is supervised and -100 elsewhere. Returns (sum in
     nats, number of tokens). The caller divides by the tokens of the whole batch, of which this may be a micro-batch
-    (see runs.micro_batches).
+    (see parts.micro_batches).
     """
     # Shift once: the state at t predicts the label at t+1.
     hidden, targets = model.hidden(ids)[:, :-1], labels[:, 1:]  # (B, T-1, C), (B, T-1)
@@ -196,13 +196,13 @@ def train(args):
         supervised = (labels[:, 1:] != IGNORE).sum().item()  # of the whole batch, not of a micro-batch
         optimizer.zero_grad()
         log = {}
-        for some in runs.micro_batches(chosen, micro_batch):
+        for some in parts.micro_batches(chosen, micro_batch):
             ids, labels = collate(some, pad)  # (b, t): no longer than the longest of these
             total, _ = sft_loss(model, ids.to(args.device), labels.to(args.device))
             loss = total / supervised
             loss.backward()  # gradients add up over the micro-batches
-            runs.add(log, 1, loss=loss)
-        runs.add_up(model, log)
+            parts.add(log, 1, loss=loss)
+        parts.add_up(model, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         run.log(step, **log, grad_norm=grad_norm)

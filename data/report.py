@@ -6,13 +6,13 @@ not depend on the training code.
 
 import textwrap
 
-from data import breaks, page, runs
+from data import breaks, page, parts, runs
 
 
 def one_run(train, args, reuse):
     """runs.run_once(), then the page of the run."""
     run = runs.run_once(train, args, reuse)
-    if run.report and runs.PROCESS == 0:
+    if run.report and parts.PROCESS == 0:
         print(f"Page: {page.write(run)}")
     return run
 
@@ -31,7 +31,7 @@ def train_and_compare(train, args):
         return run
     clean = one_run(train, runs.without_break(args), reuse=True)
     broken = runs.run_once(train, args, reuse=args.resume)
-    if runs.PROCESS > 0:
+    if parts.PROCESS > 0:
         return broken
     entry = breaks.entry(args.script, args.break_)
     compare(clean, broken, entry, embedded=not getattr(args, "data", None))

@@ -27,7 +27,6 @@ import errno
 import functools
 import hashlib
 import importlib
-import io
 import json
 import math
 import os
@@ -45,6 +44,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from data import parts
+
 HERE = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------------------------------------
@@ -54,6 +55,11 @@ HERE = Path(__file__).resolve().parent.parent
 def rng(*key):
     """A torch generator seeded by any key: rng(seed, "rollouts", step)."""
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(62))
+
+
+def own_rng(*key):
+    """As rng(), but each process draws other numbers. The first one draws those of a run in one process."""
+    return rng(*key) if parts.PROCESS == 0 else rng(*key, parts.PROCESS)
 
 
 @functools.lru_cache(maxsize=4)
@@ -68,103 +74,10 @@ def batch_indices(n, batch, step, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# A batch in parts: micro-batches one after the other, or several processes side by side
-#
-# The gradient of a sum is the sum of the gradients. So a batch can be computed in parts, if the loss of every part is
-# that part's term in the loss of the *whole* batch: a mean over tokens is divided by the tokens of the whole batch, a
-# mean over pairs by its pairs. A mean of the parts' means is another loss: a token in a part with few tokens would
-# get more weight, and --micro_batch would change what is learned.
-
-
-def micro_batches(rows, size=None):
-    """The rows of one batch in lists of at most `size` rows (None: all in one list).
-
-    With several processes these are the rows of this process only. [3, 1, 4, 1, 5] with size 2 -> [3, 1], [4, 1], [5]
-    """
-    rows = share(rows)
-    return [rows[i : i + (size or len(rows))] for i in range(0, len(rows), size or len(rows))]
-
-
-def add(log, weight, **values):
-    """log[name] += weight * value. With weights that sum to 1 over the micro-batches, means become the batch's mean."""
-    for name, value in values.items():
-        log[name] = log.get(name, 0.0) + weight * value.detach()
-
-
-def add_up(model, log):
-    """After the last backward of a step: the gradients and the numbers in `log`, summed over all processes."""
-    all_reduce([p.grad for p in model.parameters() if p.grad is not None] + list(log.values()))
-
-
-# torchrun starts several processes and numbers them. All compute the same steps and evaluations, each its part of
-# every batch. The first one prints and writes. Without torchrun there is one process, which computes whole batches.
-PROCESS, PROCESSES = (
-    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
-    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1))
-)
-
-
-def share(rows):
-    """This process's part of the rows. They stay in their order, so answers to the same prompt stay neighbours."""
-    if len(rows) < PROCESSES:
-        sys.exit(f"{PROCESSES} processes cannot share a batch of {len(rows)}: take a larger batch or fewer processes")
-    first, last = (len(rows) * n // PROCESSES for n in (PROCESS, PROCESS + 1))
-    return rows[first:last]
-
-
-def join_processes(parser, script, device):
-    """Connect the processes; on a machine with GPUs each takes its own."""
-    if PROCESSES == 1 or torch.distributed.is_initialized():
-        return
-    if script not in SHARED and Path(sys.argv[0]).stem == script:
-        parser.error(f"{script}.py runs in one process: start it without torchrun")
-    if device == "cuda" and PROCESSES <= torch.cuda.device_count():
-        torch.cuda.set_device(PROCESS)
-    elif device != "cpu":
-        parser.error(f"{PROCESSES} processes need --device cpu, or cuda with {PROCESSES} GPUs in this machine")
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    atexit.register(torch.distributed.destroy_process_group)
-    if PROCESS > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-
-
-def all_reduce(tensors):
-    """Replace each tensor by its sum over all processes."""
-    for x in tensors if PROCESSES > 1 else ():
-        torch.distributed.all_reduce(x)
-
-
-def gather(items, device):
-    """The lists of all processes as one list, in all of them: what `share` took apart, together again."""
-    if PROCESSES == 1:
-        return items
-    written, found = io.BytesIO(), [None] * PROCESSES
-    torch.save(items, written)
-    torch.distributed.all_gather_object(found, written.getvalue())
-    parts = (torch.load(io.BytesIO(part), map_location=device, weights_only=False) for part in found)
-    return [item for part in parts for item in part]
-
-
-def own_rng(*key):
-    """As rng(), but each process draws other numbers. The first one draws those of a run in one process."""
-    return rng(*key) if PROCESS == 0 else rng(*key, PROCESS)
-
-
-def any_process(flag, device):
-    """True if `flag` is true in any process. Each of them waits here for the others."""
-    if PROCESSES == 1:
-        return bool(flag)
-    total = torch.tensor(float(bool(flag)), device=device)
-    all_reduce([total])
-    return total.item() > 0
-
-
-# ---------------------------------------------------------------------------------------------
 # Arguments
 
 # Flags that are not spelled in a folder's name. (The name of a break is, at its beginning.)
 UNNAMED = ("resume", "device", "break_")
-SHARED = ("sft", "dpo", "reward_model", "grpo", "ppo")  # the scripts that several processes can share
 
 
 def parse(script, parser, argv, breaks=()):
@@ -219,7 +132,7 @@ def parse(script, parser, argv, breaks=()):
     if args.device is None:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         args.device = "cuda" if cuda else "mps" if mps else "cpu"
-    join_processes(parser, script, args.device)
+    parts.join_processes(parser, script, args.device)
     if args.dtype == "bfloat16" and args.device == "cpu":
         say_if_bfloat16_is_slow()
     try:
@@ -273,7 +186,7 @@ def write_atomically(path, write, folder=None):
     """Call write(temporary path), then rename. A reader of `path` finds the old file or the new one,
     never half of one, even if the process is killed. folder: of the temporary file (default: that of `path`), if
     several processes may write `path` at once."""
-    if PROCESS > 0:
+    if parts.PROCESS > 0:
         return
     temporary = (folder or path.parent) / (path.name + ".tmp")
     try:
@@ -295,7 +208,7 @@ def named(error, path):
 
 
 def append(path, text):
-    if PROCESS > 0:
+    if parts.PROCESS > 0:
         return
     try:
         with open(path, "a", encoding="utf-8", errors="replace") as file:
@@ -451,14 +364,14 @@ class Run:
         self._lock()
         if self.resume and state.is_file():
             start = self._load(state, model, optimizer)
-        elif PROCESS == 0:
+        elif parts.PROCESS == 0:
             if self.resume:
                 print(f"{self.folder}: nothing to resume, starting at step 0")
             self._make_room()
             self.folder.mkdir(parents=True)
             for file in self._files():
                 file.touch()
-        any_process(False, self.device)  # the folder is ready
+        parts.any_process(False, self.device)  # the folder is ready
         text = json.dumps(self.config, indent=2)  # of a resumed run the same text: it may be damaged
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
         self.interrupted = interrupted = []
@@ -471,16 +384,16 @@ class Run:
 
         before = signal.signal(signal.SIGINT, on_interrupt)
         self.bar = tqdm(total=total, initial=start, desc=f"{self.config['script']} {self.label}",
-                        dynamic_ncols=True, mininterval=0.5, disable=PROCESS > 0)  # fmt: skip
+                        dynamic_ncols=True, mininterval=0.5, disable=parts.PROCESS > 0)  # fmt: skip
         try:
             for step in range(start, total + 1):
-                stop = any_process(interrupted, self.device)
+                stop = parts.any_process(interrupted, self.device)
                 if stop or (step > start and step % save_every == 0):
                     self._save(state, model, optimizer, step)
                 if stop:
                     command = shlex.join([a for a in sys.argv if a != "--resume"] + ["--resume"])
                     self.bar.close()
-                    start_with = f"torchrun --nproc_per_node {PROCESSES}" if PROCESSES > 1 else "python"
+                    start_with = f"torchrun --nproc_per_node {parts.PROCESSES}" if parts.PROCESSES > 1 else "python"
                     print(f"Saved at step {step} of {total}. Continue with:  {start_with} {command}")
                     sys.exit(130)
                 yield step
@@ -491,7 +404,7 @@ class Run:
             if step < total:  # a complete run keeps its lock until finish() has written the results
                 self.lock.release()
             else:
-                any_process(False, self.device)  # the log is complete
+                parts.any_process(False, self.device)  # the log is complete
 
     def log(self, step, **metrics):
         """Append one line to metrics.jsonl. Stops the run if a number is not finite."""
@@ -532,12 +445,12 @@ class Run:
     def finish(self, model, **results):
         """Save the model, then the report: its existence says that the run is complete."""
         try:
-            if PROCESS == 0:
+            if parts.PROCESS == 0:
                 self._finish(model, results)
-            any_process(False, self.device)  # the results are on disk
+            parts.any_process(False, self.device)  # the results are on disk
         finally:
             self.lock.release()
-        if PROCESS > 0:
+        if parts.PROCESS > 0:
             return self
         print(f"{self.folder}: done in {results['seconds']:.0f} s, peak memory {results['peak_gb']:.1f} GB")
         if self.interrupted:  # Ctrl-C during the last evaluation: this run is complete, but stop here
@@ -564,7 +477,7 @@ class Run:
 
         locks = self.folder.parent / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(locks / f"{self.folder.name}{f'.{PROCESS}' * (PROCESS > 0)}.lock")
+        self.lock = FileLock(locks / f"{self.folder.name}{f'.{parts.PROCESS}' * (parts.PROCESS > 0)}.lock")
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
@@ -631,7 +544,7 @@ class Run:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
         # What was logged after the checkpoint will be logged again: cut it off.
-        for file, size in zip(self._files(), state["sizes"]) if PROCESS == 0 else ():
+        for file, size in zip(self._files(), state["sizes"]) if parts.PROCESS == 0 else ():
             os.truncate(file, size)
         self.seconds = state["seconds"]
         print(f"{self.folder}: resuming at step {state['step']}")

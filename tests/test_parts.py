@@ -1,4 +1,4 @@
-"""A batch in parts: micro-batches one after the other, and several processes side by side (data/runs.py).
+"""A batch in parts: micro-batches one after the other, and several processes side by side (data/parts.py).
 
 Both must give the gradient of the whole batch, and log its metrics."""
 
@@ -21,7 +21,7 @@ import grpo
 import ppo
 import reward_model
 import sft
-from data import breaks, runs
+from data import breaks, parts, runs
 
 pytest_plugins = ["server"]
 
@@ -32,27 +32,27 @@ pytest_plugins = ["server"]
 @pytest.mark.parametrize("size", [None, 1, 2, 3, 7, 8])
 def test_every_row_is_in_one_part(monkeypatch, processes, size):
     rows, found = [3, 1, 4, 1, 5, 9, 2], []
-    monkeypatch.setattr(runs, "PROCESSES", processes)
+    monkeypatch.setattr(parts, "PROCESSES", processes)
     for process in range(processes):
-        monkeypatch.setattr(runs, "PROCESS", process)
-        parts = runs.micro_batches(rows, size)
-        assert all(0 < len(part) <= (size or 7) for part in parts)
-        assert 7 // processes <= sum(map(len, parts)) <= -(-7 // processes)  # equal shares, up to one row
-        assert len(parts) == 1 or size
-        found += sum(parts, [])
+        monkeypatch.setattr(parts, "PROCESS", process)
+        mine = parts.micro_batches(rows, size)
+        assert all(0 < len(part) <= (size or 7) for part in mine)
+        assert 7 // processes <= sum(map(len, mine)) <= -(-7 // processes)  # equal shares, up to one row
+        assert len(mine) == 1 or size
+        found += sum(mine, [])
     assert found == rows  # in their order, so that answers to one prompt stay neighbours
 
 
 def test_a_batch_that_is_too_small_for_the_processes(monkeypatch):
-    monkeypatch.setattr(runs, "PROCESSES", 3)
-    exits(runs.micro_batches, [1, 2], match="3 processes cannot share a batch of 2")
+    monkeypatch.setattr(parts, "PROCESSES", 3)
+    exits(parts.micro_batches, [1, 2], match="3 processes cannot share a batch of 2")
 
 
 def test_sums_of_means():
     """Pairs 1, 2, 3 and pair 7: the mean of all is 13/4. The mean of the two means would be 4.5."""
     log = {}
     for part in ([1.0, 2.0, 3.0], [7.0]):
-        runs.add(log, len(part) / 4, x=torch.tensor(part, requires_grad=True).mean())
+        parts.add(log, len(part) / 4, x=torch.tensor(part, requires_grad=True).mean())
     assert log["x"].item() == 13 / 4 and not log["x"].requires_grad
 
 
