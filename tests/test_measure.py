@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def test_after_ctrl_c_nothing_more_is_started(there, command, monkeypatch):
 
     def interrupted(script, flags, output):
         started.append(script)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         time.sleep(3)  # the main thread handles it
         return 130
 
