@@ -195,6 +195,7 @@ def test_tables_are_written_from_the_results_alone(there):
         result["reports"]["broken"]["kl"] = float(result["seed"])
         result["claims"][0]["holds"], result["commit"] = False, "abcdef0" * 5
         path.write_text(json.dumps(result))
+    measure.keep_table("speed", "How fast", ["", "here"], [["grpo", "1.66"], ["sft", "11.5"]], "A note.")
     measure.main(["--tables"])
     text = Path("results/README.md").read_text(encoding="utf-8")
     assert text.startswith("# By hand\n\nabove\n") and text.endswith("\n\nbelow\n") and "old" not in text
@@ -204,6 +205,8 @@ def test_tables_are_written_from_the_results_alone(there):
     assert line.endswith("| 1.500 (1.000 to 2.000) |")
     assert "`abcdef0`" in flip and "cores" in flip and "--seeds 1 2`" in flip and "of 2 seeds" in flip
     assert "| 0 of 2 | 1 2 | 1: training loss" in text
+    speed = text.split("### How fast\n")[1].split("###")[0]
+    assert "|  | here |\n|---|---|\n| grpo | 1.66 |\n| sft | 11.5 |\n" in speed and "A note. Commit `" in speed
     measure.main(["--tables"])  # once more: the same
     assert Path("results/README.md").read_text(encoding="utf-8") == text
     Path("results/README.md").write_text("without the marks")
