@@ -34,9 +34,9 @@ second transformer, initialized from the reward model.)
 What does the value function buy? `python ppo.py --max_steps 200 --value_coefficient 0` is the same run with V = 0: the
 advantage of a token is then the return itself.
 
-    reward_hacking  A small beta, and max_steps x 20. The reward keeps rising; accuracy rises, peaks and falls, and the
-                    answers become longer, more confident and more formulaic. (With the default beta it does not fall
-                    in the clean run of no_kl.)
+    reward_hacking  A small beta and small steps, and max_steps x 20. The reward keeps rising; accuracy rises, peaks
+                    and falls, and the answers become longer, more confident and more formulaic. (With the default
+                    beta it does not fall in the clean run of no_kl.)
     no_kl           beta = 0. The KL is larger, the reward is higher, and the accuracy is lower.
     sign_flip       The reward model returns costs since a refactor, and the loop still maximizes. The logged reward
                     rises and the answers stay fluent, but they are wrong. (Ziegler et al. 2019, section 4.4: a
