@@ -616,9 +616,9 @@ BREAKS = [
         dashboard=PPO_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python ppo.py --lr 0.00003 --beta 0.003 --max_steps N   (N the step of the peak; or the default beta)",
+        cure="python ppo.py --lr 3e-05 --beta 0.003 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
-        flags=("--lr", "0.00003", "--beta", "0.003", "--problems", "1000"),
+        flags=("--lr", "3e-05", "--beta", "0.003", "--problems", "1000"),
     ),
     Break(
         "ppo",
