@@ -174,6 +174,8 @@ METRICS = {
     "start_accuracy": "accuracy at the start",
     "end_accuracy": "accuracy at the end",
     "peak_step": "step of the peak (chosen on half A)",
+    "rise": "rise of accuracy from start to peak",
+    "fall": "fall of accuracy from peak to end",
     "halfway_step": "step halfway down from the peak",
     "start_accuracy_b": "accuracy at the start, half B",
     "peak_accuracy_b": "accuracy at the peak, half B",
@@ -348,8 +350,8 @@ RL_DASHBOARD = ("first_reward", "batch_reward", "reward", "kl", "length", "ended
 RL_EXTERNAL = ("start_accuracy", "end_accuracy", "peak_step", "start_accuracy_b", "peak_accuracy_b", "end_accuracy_b",
                *(f"{time}_{name}" for name in ("reward", "length", "confident", "opening", "check", "miscalculated")
                  for time in ("start", "peak", "end")), "distinct")  # fmt: skip
-DRIFT = ("start_corr_correct", "start_corr_length", "start_corr_confident", "start_corr_opening", "halfway_step",
-         "halfway_length", "halfway_confident", "halfway_opening")  # fmt: skip
+DRIFT = ("start_corr_correct", "start_corr_length", "start_corr_confident", "start_corr_opening",
+         "rise", "fall", "halfway_step", "halfway_length", "halfway_confident", "halfway_opening")  # fmt: skip
 PPO_DASHBOARD = (*RL_DASHBOARD, "batch_explained_variance", "batch_clip_fraction")
 REASONING_DASHBOARD = ("sft_loss_before", "sft_loss", "verifier_accuracy", "verifier_pairs", "score_one", "score")
 REASONING_EXTERNAL = ("one", "greedy", "vote", "chosen", "best_of_n", "start_b", "peak_b", "end_b",
@@ -615,10 +617,12 @@ BREAKS = [
         *HACKING,
         dashboard=PPO_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
-        claims=HACKING_CLAIMS,
+        # PPO's rise is smaller than GRPO's, so it is measured on all problems, and on twice as many: the standard error
+        # of a difference of two such accuracies is at most .016.
+        claims=(broken("rise") > 0.03, broken("fall") > 0.1, *HACKING_CLAIMS[2:]),
         cure="python ppo.py --lr 3e-05 --beta 0.003 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
-        flags=("--lr", "3e-05", "--beta", "0.003", "--problems", "1000"),
+        flags=("--lr", "3e-05", "--beta", "0.003", "--problems", "2000"),
     ),
     Break(
         "ppo",

@@ -315,6 +315,8 @@ class Run:
         The peak is the evaluation with the highest accuracy on half A of the problems. Read the size of the peak
         off half B: on the half that chose it, a maximum over noisy values is too high. Halfway down is the first
         evaluation since then whose accuracy on half A is at most the mean of those at the peak and at the end.
+
+        rise and fall use all problems: for each half the peak is chosen on the other one.
         """
         evaluations = [m for m in self.metrics if "test_accuracy" in m]
         peak = max(evaluations, key=lambda m: m["test_accuracy_a"])
@@ -322,6 +324,10 @@ class Run:
         down = evaluations[evaluations.index(peak) :]
         halfway = next(m for m in down if m["test_accuracy_a"] <= middle)
         results = {"peak_step": peak["step"], "halfway_step": halfway["step"]}
+        other = max(evaluations, key=lambda m: m["test_accuracy_b"])  # chosen on half B, read off half A
+        height = (peak["test_accuracy_b"] + other["test_accuracy_a"]) / 2
+        results["rise"] = height - (evaluations[0]["test_accuracy_a"] + evaluations[0]["test_accuracy_b"]) / 2
+        results["fall"] = height - (evaluations[-1]["test_accuracy_a"] + evaluations[-1]["test_accuracy_b"]) / 2
         for prefix, m in (
             ("start_", evaluations[0]),
             ("peak_", peak),

@@ -175,6 +175,8 @@ def test_peak_is_chosen_on_one_half_and_measured_on_the_other():
     ]
     found = runs.Run.start_peak_end(SimpleNamespace(metrics=metrics))
     expected = {"peak_step": 50, "halfway_step": 150, "first_reward": 4.5, "batch_reward": 24.5}
+    # Half A chooses step 50, where B has .55; half B chooses step 100, where A has .8.
+    expected |= {"rise": 0.675 - 0.5, "fall": 0.675 - 0.25}
     for prefix, values in (
         ("start_", (0.5, 0.5, 0.5, 0, 0)),
         ("peak_", (0.675, 0.8, 0.55, 2, 4)),
