@@ -375,8 +375,9 @@ REWARD_HACKING = (
 )  # fmt: skip
 
 HACKING_CLAIMS = (
-    broken("peak_accuracy_b") > broken("start_accuracy_b") + 0.05,
-    broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
+    # With 2000 problems the standard error of a difference of two accuracies is at most .016.
+    broken("rise") > 0.03,
+    broken("fall") > 0.1,
     broken("end_reward") > broken("peak_reward"),
     # What the reward model likes besides correctness, measured before training, is where the answers go while the
     # accuracy falls. At the very end, when nearly all answers are wrong, "I am certain." may be rare again.
@@ -617,9 +618,7 @@ BREAKS = [
         *HACKING,
         dashboard=PPO_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
-        # PPO's rise is smaller than GRPO's, so it is measured on all problems, and on twice as many: the standard error
-        # of a difference of two such accuracies is at most .016.
-        claims=(broken("rise") > 0.03, broken("fall") > 0.1, *HACKING_CLAIMS[2:]),
+        claims=HACKING_CLAIMS,
         cure="python ppo.py --lr 3e-05 --beta 0.003 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
         flags=("--lr", "3e-05", "--beta", "0.003", "--problems", "2000"),
@@ -666,7 +665,7 @@ BREAKS = [
         claims=HACKING_CLAIMS,
         cure="python grpo.py --beta 0.1 --max_steps N   (N the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
-        flags=("--beta", "0.1", "--problems", "1000"),
+        flags=("--beta", "0.1", "--problems", "2000"),
     ),
     Break(
         "grpo",

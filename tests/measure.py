@@ -308,7 +308,9 @@ def write_tables():
     readme = RESULTS / "README.md"
     kept = [runs.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     found = groups(result for result in kept if "break" in result)
-    lines = overview(found)
+    plain, other = ({key: some for key, some in found.items() if bool(key[2]) == flags} for flags in (False, True))
+    lines = overview(plain)
+    lines += ["", "With other data, models or settings:", "", *overview(other)] if other else []
     for (script, name, flags), results in found.items():
         metrics = None
         if name != "clean":
