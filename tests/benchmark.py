@@ -42,6 +42,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import gpt
+from data import checkpoints
 from data.runs import rng
 
 TINY = gpt.GPTConfig(vocab_size=gpt.Tokenizer("task").vocab_size)
@@ -64,7 +65,7 @@ def twins(config):
     )  # fmt: skip
     weights = theirs.transformer.state_dict()
     for name, w in ours.state_dict().items():
-        weights[name].copy_(w.t() if name.endswith(gpt.TRANSPOSED) else w)
+        weights[name].copy_(w.t() if name.endswith(checkpoints.TRANSPOSED) else w)
     return ours, theirs.train()
 
 
