@@ -109,6 +109,16 @@ def commit():
         return {"commit": "unknown", "dirty": True}
 
 
+def write_result(path, result):
+    text = json.dumps(result, indent=1) + "\n"
+    runs.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def made_by(result):
+    """The commit of a result, as the tables name it."""
+    return f"`{result['commit'][:7]}`" + (" with edits" if result["dirty"] else "")
+
+
 def machine(device):
     cores = f"{os.cpu_count()} cores ({platform.machine()}), {os.environ.get('OMP_NUM_THREADS', 'all')} used per run"
     return f"{cores}, torch {torch.__version__} on {torch.cuda.get_device_name() if 'cuda' in device else device}"
@@ -173,8 +183,7 @@ def measure(script, name, flags, seed, renew):
                       if name != "clean"},
             "config": found[-1].config, "chain": chain(*(run.report for run in found)),
         }  # fmt: skip
-    text = json.dumps(judged(result), indent=1) + "\n"
-    runs.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_result(path, judged(result))
     return result
 
 
@@ -201,8 +210,7 @@ def keep_table(name, title, columns, rows, notes=""):
     cores = f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} used"
     kept = {"title": title, "command": command, **commit(), "machine": f"{cores}, torch {torch.__version__}",
             "columns": columns, "rows": rows, "notes": notes}  # fmt: skip
-    text = json.dumps(kept, indent=1) + "\n"
-    runs.write_atomically(RESULTS / f"{name}.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_result(RESULTS / f"{name}.json", kept)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -321,15 +329,14 @@ def write_tables():
         seeds = " ".join(str(r["seed"]) for r in results)
         lines += [f"`python tests/measure.py {' '.join([script, name, *flags])} --seeds {seeds}`", ""]
         lines += details(results, metrics)
-        commits = {f"`{r['commit'][:7]}`" + (" with edits" if r["dirty"] else "") for r in results}
+        commits = set(map(made_by, results))
         lines += ["", f"Mean (lowest to highest) of {len(results)} seeds. Commit {', '.join(sorted(commits))}; "
                   f"{'; '.join(sorted({r['machine'] for r in results}))}; "
                   f"{spread([r['seconds'] for r in results], 0)} seconds per seed."]  # fmt: skip
     for table in (table for table in kept if "rows" in table):
         lines += ["", f"### {table['title']}", "", f"`{table['command']}`", ""]
         lines += [line(*table["columns"]), "|---" * len(table["columns"]) + "|", *(line(*r) for r in table["rows"])]
-        edits = " with edits" if table["dirty"] else ""
-        lines += ["", f"{table['notes']} Commit `{table['commit'][:7]}`{edits}; {table['machine']}.".strip()]
+        lines += ["", f"{table['notes']} Commit {made_by(table)}; {table['machine']}.".strip()]
     between(readme, BEGIN, END, "\n".join(lines))
     write_figures(found, REPO / "data" / "figures")
     write_first_table(found, REPO / "README.md")

@@ -109,12 +109,12 @@ def done(cwd):
         assert not python(cwd, "sft", *flags).returncode
     # Breaks with the same flags have the same clean run, so they take turns. While the one process makes the reward
     # model, the other one begins with the breaks that do not need it.
-    groups = {}
-    for b in sorted(BREAKS, key=lambda b: b.script in ("reward_model", "ppo", "grpo")):
+    need_reward_model, groups = ("reward_model", "ppo", "grpo"), {}
+    for b in sorted(BREAKS, key=lambda b: b.script in need_reward_model):
         groups.setdefault((b.script, b.flags), []).append(b)
 
     def run(some):
-        if some[0].script in ("reward_model", "ppo", "grpo"):
+        if some[0].script in need_reward_model:
             assert not reward_model.result().returncode
         return {(b.script, b.name): python(cwd, b.script, "--break", b.name, *FLAGS.get((b.script, b.name), "").split())
                 for b in some}  # fmt: skip
