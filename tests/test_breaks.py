@@ -26,8 +26,9 @@ FLAGS = {
     ("ppo", "sign_flip"): "--max_steps 75",
     ("grpo", "reward_hacking"): "--problems 500",
     ("reasoning", "no_cot"): "--n 16 --problems 100 --train_problems 400",
-    ("reasoning", "overoptimize_verifier"): "--problems 100",
-    ("reasoning", "self_correct"): "--problems 100",
+    # The fall begins at N = 32. 300 problems, because revisions are counted on the one greedy answer of each.
+    ("reasoning", "overoptimize_verifier"): "--n 64 --problems 300",
+    ("reasoning", "self_correct"): "--n 64 --problems 300",
     ("tools", "tool_overuse"): "--rl 30",
 }
 
