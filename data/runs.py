@@ -326,8 +326,8 @@ class Run:
         results = {"peak_step": peak["step"], "halfway_step": halfway["step"]}
         other = max(evaluations, key=lambda m: m["test_accuracy_b"])  # chosen on half B, read off half A
         height = (peak["test_accuracy_b"] + other["test_accuracy_a"]) / 2
-        results["rise"] = height - (evaluations[0]["test_accuracy_a"] + evaluations[0]["test_accuracy_b"]) / 2
-        results["fall"] = height - (evaluations[-1]["test_accuracy_a"] + evaluations[-1]["test_accuracy_b"]) / 2
+        results["rise"] = height - evaluations[0]["test_accuracy"]
+        results["fall"] = height - evaluations[-1]["test_accuracy"]
         for prefix, m in (
             ("start_", evaluations[0]),
             ("peak_", peak),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 # Flags that make a break shorter than documented, so that all of them fit into half an hour.
 FLAGS = {
     ("reward_model", "length_bias"): "--pairs 12000",
-    ("ppo", "reward_hacking"): "--max_steps 5 --problems 500",  # 100 of the 200 steps
+    ("ppo", "reward_hacking"): "--max_steps 3 --problems 500",  # 60 of the 200 steps
     ("ppo", "no_kl"): "--max_steps 75",
     ("ppo", "sign_flip"): "--max_steps 75",
     ("grpo", "reward_hacking"): "--problems 500",
@@ -54,7 +54,7 @@ MORE = {
         broken("end_reward") > broken("start_reward") + 0.5, broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
         broken("end_length") > broken("start_length"), broken("end_opening") > broken("start_opening"),
     ),
-    # The direction of the drift, in 100 steps.
+    # The direction of the drift, in 60 steps.
     ("ppo", "reward_hacking"): (
         broken("end_reward") > broken("start_reward") + 0.3, broken("end_length") > broken("start_length"),
         broken("end_confident") > broken("start_confident"), broken("end_opening") > broken("start_opening"),
@@ -111,8 +111,10 @@ def done(cwd):
     # Breaks with the same flags have the same clean run, so they take turns. While the one process makes the reward
     # model, the other one begins with the breaks that do not need it.
     need_reward_model, groups = ("reward_model", "ppo", "grpo"), {}
-    for b in sorted(BREAKS, key=lambda b: b.script in need_reward_model):
+    for b in reversed(BREAKS):
         groups.setdefault((b.script, b.flags), []).append(b)
+    # The largest groups first: if one of them came last, one core would wait for it.
+    groups = sorted(groups.values(), key=lambda some: (some[0].script in need_reward_model, -len(some)))
 
     def run(some):
         if some[0].script in need_reward_model:
@@ -122,7 +124,7 @@ def done(cwd):
 
     with ThreadPoolExecutor(2) as pool:
         reward_model = pool.submit(python, cwd, "reward_model")
-        return {key: process for made in pool.map(run, groups.values()) for key, process in made.items()}
+        return {key: process for made in pool.map(run, groups) for key, process in made.items()}
 
 
 @pytest.fixture(scope="module")
