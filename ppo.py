@@ -31,8 +31,10 @@ The value function here is a new layer on the policy's own transformer: one forw
 zero, so that the first advantages do not contain noise from random weights. (InstructGPT's value function is a
 second transformer, initialized from the reward model.)
 
-What does the value function buy? `python ppo.py --max_steps 200 --value_coefficient 0` is the same run with V = 0: the
-advantage of a token is then the return itself.
+What does the value function buy? `python ppo.py --max_steps 100 --value_coefficient 0` is the same run with V = 0: the
+advantage of a token is then the return itself. After 100 steps the reward is .56 and .73 with a value function (seeds
+211 and 212), and .37 and .59 without. The KL is larger with it, .62 and .74 against .43 and .53; the accuracy is the
+same within the error (.52 and .60 against .52 and .55).
 
     reward_hacking  A small beta and small steps, and max_steps x 20. The reward keeps rising; accuracy rises, peaks
                     and falls, and the answers become longer, more confident and more formulaic. (With the default

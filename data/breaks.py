@@ -273,6 +273,7 @@ MEANINGS = {
     "reward": "the mean score of the answers under the reward model. Scores are shifted and scaled so that the "
               "starting model has about 0 with a standard deviation of 1.",
     "batch_reward": "the mean score of the sampled answers, as training sees it.",
+    "first_reward": "the same at the start of training.",
     "batch_kl": "the KL that training computes from its own samples.",
     "batch_clip_fraction": "the fraction of tokens for which PPO's clip stopped the update.",
     "batch_explained_variance": "how well the value function predicts the returns: 1 is perfect, 0 no better than a "
