@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 # Flags that make a break shorter than documented, so that all of them fit into half an hour.
 FLAGS = {
     ("reward_model", "length_bias"): "--pairs 12000",
-    ("ppo", "reward_hacking"): "--max_steps 3 --problems 500",  # 60 of the 200 steps
+    ("ppo", "reward_hacking"): "--max_steps 8 --problems 500",  # 160 of the 200 steps
     ("ppo", "no_kl"): "--max_steps 75",
     ("ppo", "sign_flip"): "--max_steps 75",
     ("grpo", "reward_hacking"): "--problems 500",
@@ -31,9 +31,6 @@ FLAGS = {
     ("reasoning", "self_correct"): "--n 64 --problems 300",
     ("tools", "tool_overuse"): "--rl 30",
 }
-
-# Breaks that are too short here for all of their claims. What must hold of them stands in MORE.
-TOO_SHORT = {("ppo", "reward_hacking")}
 
 # What must hold in addition to the claims of the catalogue.
 MORE = {
@@ -53,11 +50,6 @@ MORE = {
     ("grpo", "reward_hacking"): (
         broken("end_reward") > broken("start_reward") + 0.5, broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
         broken("end_length") > broken("start_length"), broken("end_opening") > broken("start_opening"),
-    ),
-    # The direction of the drift, in 60 steps.
-    ("ppo", "reward_hacking"): (
-        broken("end_reward") > broken("start_reward") + 0.3, broken("end_length") > broken("start_length"),
-        broken("end_confident") > broken("start_confident"), broken("end_opening") > broken("start_opening"),
     ),
     ("reward_model", "distribution_shift"): (broken("policy_samples") < clean("policy_samples"),),
     # The logged reward is positive, the true score negative.
@@ -148,7 +140,7 @@ def test_signature(both, script, name):
     b = entry(script, name)
     assert bad.report["claims"] == {c.text(reports): c.holds(reports) for c in b.claims + b.task_claims}
     assert bad.report["reproduced"] == ("NOT reproduced" not in out)
-    assert bad.report["reproduced"] or (script, name) in TOO_SHORT, out
+    assert bad.report["reproduced"], out
     for claim in MORE.get((script, name), ()):
         assert claim.holds(reports), claim.text(reports)
     assert (bad.path / "figure.png").stat().st_size > 5000
