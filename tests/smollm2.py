@@ -44,7 +44,7 @@ def make(folder):
     settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     digits = {"type": "Digits", "individual_digits": True}
     settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, settings["pre_tokenizer"]]}
-    # Some versions of `transformers` write True here. The vocabulary has all 256 bytes, so there is nothing to fall back to.
+    # Some versions of `transformers` write True here. All 256 bytes are tokens, so there is nothing to fall back to.
     settings["model"]["byte_fallback"] = False
     (folder / "tokenizer.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
     # Last: the folder is complete if this file exists.
