@@ -41,6 +41,12 @@ END = "<!-- The end of what measure.py writes. -->"
 # The same marks around the first table of README.md.
 FIRST_BEGIN = "<!-- Written by `python tests/measure.py --tables`, from data/results/. Do not edit. -->"
 FIRST_END = END
+# What tells whether a clean run is healthy: what the chapter teaches, before (if it is measured) and after.
+HEALTH = {
+    "sft": ("accuracy_sampled",), "reward_model": ("held_out_accuracy",), "ppo": ("start_accuracy", "end_accuracy"),
+    "grpo": ("start_accuracy", "end_accuracy"), "dpo": ("accuracy_sampled_sft", "accuracy_sampled"),
+    "reasoning": ("one", "chosen"), "tools": ("accuracy_greedy", "accuracy_priced"),
+}  # fmt: skip
 FIGURES = (("dpo", "flip_labels"), ("grpo", "reward_hacking"), ("ppo", "reward_hacking"))
 
 # ---------------------------------------------------------------------------------------------
@@ -262,6 +268,22 @@ def overview(found):
     return lines
 
 
+def clean_runs(found):
+    """Lines: how the clean runs of all seeds came out, those beside breaks too, and the worst seed of each."""
+    seeds = {}  # {(script, flags): {seed: report}}
+    for (script, name, flags), results in found.items():
+        documented = breaks.entry(script, name).flags if name != "clean" else ()
+        for result in results:
+            seeds.setdefault((script, (*documented, *flags)), {})[result["seed"]] = result["reports"]["clean"]
+    lines = [line("clean run", "", "mean (lowest to highest)", "lowest on", "seeds"), "|---" * 5 + "|"]
+    for (script, flags), reports in sorted(seeds.items(), key=lambda pair: list(HEALTH).index(pair[0][0])):
+        for key in HEALTH[script] if len(reports) > 1 else ():
+            values = {seed: report[key] for seed, report in sorted(reports.items())}
+            lines.append(line(f"`{' '.join([f'{script}.py', *flags])}`", breaks.label(key), spread(list(values.values())),
+                              min(values, key=values.get), " ".join(map(str, values))))  # fmt: skip
+    return lines
+
+
 def details(results, metrics=None):
     """Lines: a row per metric and a column per run, over the seeds; then the curves of reasoning.py, if there are."""
     labels = list(results[0]["reports"])
@@ -317,7 +339,7 @@ def write_tables():
     kept = [runs.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     found = groups(result for result in kept if "break" in result)
     plain, other = ({key: some for key, some in found.items() if bool(key[2]) == flags} for flags in (False, True))
-    lines = overview(plain)
+    lines = [*overview(plain), "", "The clean runs, alone or beside a break:", "", *clean_runs(found)]
     lines += ["", "With other data, models or settings:", "", *overview(other)] if other else []
     for (script, name, flags), results in found.items():
         metrics = None

@@ -215,6 +215,17 @@ def test_tables_are_written_from_the_results_alone(there):
     assert Path("results/README.md").read_text() == "without the marks"
 
 
+def test_the_worst_clean_run_is_named(there):
+    """The clean run beside two breaks is one run, and its flags are those of the command."""
+    for path in Path("results").glob("*.json"):
+        result = json.loads(path.read_text())
+        result["reports"]["clean"]["accuracy_sampled"] = {1: 0.75, 2: 0.25}[result["seed"]]
+        path.write_text(json.dumps(result))
+    found = measure.groups(results().values())
+    (row,) = [line for line in measure.clean_runs(found) if "| accuracy, sampled |" in line]
+    assert row.startswith("| `dpo.py --") and row.endswith("| 0.500 (0.250 to 0.750) | 2 | 1 2 |")
+
+
 def test_the_readmes_have_the_marks():
     text = (REPO / "data" / "results" / "README.md").read_text(encoding="utf-8")
     assert text.count(measure.BEGIN) == text.count(measure.END) == 1
