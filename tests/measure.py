@@ -277,10 +277,11 @@ def clean_runs(found):
             seeds.setdefault((script, (*documented, *flags)), {})[result["seed"]] = result["reports"]["clean"]
     lines = [line("clean run", "", "mean (lowest to highest)", "lowest on", "seeds"), "|---" * 5 + "|"]
     for (script, flags), reports in sorted(seeds.items(), key=lambda pair: list(HEALTH).index(pair[0][0])):
+        command = f"`{' '.join([f'{script}.py', *flags])}`"
         for key in HEALTH[script] if len(reports) > 1 else ():
             values = {seed: report[key] for seed, report in sorted(reports.items())}
-            lines.append(line(f"`{' '.join([f'{script}.py', *flags])}`", breaks.label(key), spread(list(values.values())),
-                              min(values, key=values.get), " ".join(map(str, values))))  # fmt: skip
+            worst, all_seeds = min(values, key=values.get), " ".join(map(str, values))
+            lines.append(line(command, breaks.label(key), spread([*values.values()]), worst, all_seeds))
     return lines
 
 
