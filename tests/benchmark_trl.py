@@ -3,6 +3,7 @@
     python tests/benchmark_trl.py               a few minutes, on two cores
     python tests/benchmark_trl.py --quick       fewer steps
     python tests/benchmark_trl.py grpo sft      some of the rows
+    python tests/benchmark_trl.py --load DIR    a published model instead of the tiny one, with a quarter of the batch
 
 Compares, in one process, one update of our scripts with one update of TRL's trainer for the same method. Both have the
 tiny model of the embedded task with the same weights (model.save writes them, `transformers` reads them), the same
@@ -11,8 +12,8 @@ clipped at 1. Neither has dropout, gradient checkpointing, logging, checkpoints 
 ids where it takes them (SFTTrainer, RewardTrainer). DPOTrainer tokenizes before the first step.
 
     grpo            8 prompts x 8 answers of exactly 48 tokens: sampling, rewards by the exact checker, one update with
-                    log-probabilities under policy and reference. TRL samples with transformers' generate. The end
-                    token is made impossible, so that all answers have the same length.
+                    log-probabilities under policy and reference. TRL samples with transformers' generate. Neither
+                    stops at the end token, so that all answers have the same length.
     dpo             32 pairs; both have computed the reference's log-probabilities before
     sft             32 demonstrations, loss on the answers
     reward_model    32 pairs
@@ -144,7 +145,8 @@ def grpo_row(folder, steps):
     trainer = trl.GRPOTrainer(
         model, reward, train_dataset=Dataset.from_list(rows),
         **settings(trl.GRPOConfig, model, steps, PROMPTS * GROUP, num_generations=GROUP, beta=BETA,
-                   max_completion_length=NEW, loss_type="dapo", temperature=1.0, use_vllm=False),
+                   max_completion_length=NEW, generation_kwargs={"min_new_tokens": NEW}, loss_type="dapo",
+                   temperature=1.0, use_vllm=False),
     )  # fmt: skip
 
     # As in grpo.train
@@ -153,10 +155,11 @@ def grpo_row(folder, steps):
 
     def step(i):
         group = [problems[j] for j in batch_indices(len(problems), PROMPTS, i, 0) for _ in range(GROUP)]
-        answers = gpt.solve(policy, TOK, group, 1.0, rng(0, "rollouts", i), NEW, batch=PROMPTS * GROUP)
-        assert all(len(a.ids) == NEW for a in answers)
-        prompts, completions = [TOK.prompt(p.text) for p in group], [a.ids for a in answers]
-        old_logps = torch.nn.utils.rnn.pad_sequence([a.logps for a in answers], batch_first=True)
+        prompts = [TOK.prompt(p.text) for p in group]
+        completions, old_logps = gpt.sample(policy, prompts, NEW, [], generator=rng(0, "rollouts", i))
+        assert all(len(ids) == NEW for ids in completions)
+        answers = [gpt.read_answer(TOK, *answer, p.answer) for *answer, p in zip(completions, old_logps, group)]
+        old_logps = torch.stack(old_logps)
         rewards = reward_model.checker_reward(group, answers)
         advantages = grpo.group_advantages(rewards.view(PROMPTS, GROUP)).view(-1, 1)
         clock("sampling")
@@ -254,7 +257,7 @@ class Turns(TrainerCallback):
     def on_step_end(self, args, state, control, **rest):
         ended = time.perf_counter()
         if len(self.ours) == WARMUP:
-            clock.__init__()
+            clock.seconds = dict.fromkeys(PARTS, 0.0)
         clock()
         self.step(len(self.ours))
         self.theirs.append(ended - self.since)
@@ -305,6 +308,7 @@ def main():
     parser.add_argument("rows", nargs="*", help=f"which of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of GRPO; the other rows, whose "
                         "steps are shorter, make three times as many")  # fmt: skip
+    parser.add_argument("--load", metavar="DIR", help="the folder of a published model")
     parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
     args = parser.parse_args()
     for name in args.rows:
@@ -315,13 +319,12 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
+    global TOK, PROMPTS, BATCH
     torch.manual_seed(0)
-    model = gpt.GPT(gpt.GPTConfig(TOK.vocab_size))
-    with torch.no_grad():
-        # No answer ends early: the end token's logit is far below all others, whatever the text.
-        model.ln_f.bias[0] = 5.0
-        model.wte.weight[TOK.end] = 0.0
-        model.wte.weight[TOK.end, 0] = -20.0
+    if args.load:
+        model, TOK, PROMPTS, BATCH = gpt.load_model(args.load), gpt.Tokenizer(args.load), PROMPTS // 4, BATCH // 4
+    else:
+        model = gpt.GPT(gpt.GPTConfig(TOK.vocab_size))
     begun = time.time()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
           f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
@@ -338,8 +341,9 @@ def main():
         print("{:18}{:>10}{:>11}{:>8}{:>10}{:>20}{:>17}".format(*cells))
     if not args.rows:
         versions = f"transformers {transformers.__version__}, TRL {trl.__version__}."
-        keep_table("speed_trl", "Speed beside TRL", columns, speeds, versions)
-        keep_table("speed_trl_parts", "Where the time of our steps goes", names, parts)
+        name, of = ("speed_trl", "") if not args.load else (f"speed_trl_{Path(args.load).name}", f", {args.load}")
+        keep_table(name, f"Speed beside TRL{of}", columns, speeds, versions)
+        keep_table(f"{name}_parts", f"Where the time of our steps goes{of}", names, parts)
     print(f"\n{time.time() - begun:.0f} s; load {os.getloadavg()[0]:.1f} at the end. Other work on these cores "
           "slows both sides and makes the ratio less certain.")  # fmt: skip
 
