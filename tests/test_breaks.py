@@ -51,6 +51,11 @@ MORE = {
         broken("end_reward") > broken("start_reward") + 0.5, broken("end_accuracy_b") < broken("peak_accuracy_b") - 0.1,
         broken("end_length") > broken("start_length"), broken("end_opening") > broken("start_opening"),
     ),
+    # The drift is still there at the end.
+    ("ppo", "reward_hacking"): (
+        broken("end_reward") > broken("start_reward") + 0.3, broken("end_length") > broken("start_length"),
+        broken("end_confident") > broken("start_confident"), broken("end_opening") > broken("start_opening"),
+    ),
     ("reward_model", "distribution_shift"): (broken("policy_samples") < clean("policy_samples"),),
     # The logged reward is positive, the true score negative.
     ("ppo", "sign_flip"): (broken("batch_reward") > 0, broken("reward") < 0),
