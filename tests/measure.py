@@ -285,6 +285,30 @@ def clean_runs(found):
     return lines
 
 
+def compared(claim, results):
+    """Both sides of a claim, as means over these results, and how they really compare: '0.035 < 0.500'."""
+    left, right = (mean([side.value(r["reports"]) for r in results]) for side in (claim.left, claim.right))
+    return f"{left:.3f} {'<' if left < right else '>' if left > right else '='} {right:.3f}"
+
+
+def beside_published(found):
+    """Lines: a published model (--load, on the built-in task) beside the repository's own base model. One row per claim
+    of a break, and one per number that tells whether a run without a break is healthy."""
+    lines = [line("run", "claim", "own base model", "published model"), "|---" * 4 + "|"]
+    for (script, name, flags), results in found.items():
+        if "--load" in flags and "--data" not in flags:
+            both = (found.get((script, name, ()), []), results)
+            if name == "clean":
+                rows = {breaks.label(key): [spread([r["reports"]["clean"][key] for r in some]) if some else ""
+                                            for some in both] for key in HEALTH[script]}  # fmt: skip
+            else:
+                claims = breaks.entry(script, name).claims_on(results[0]["reports"], embedded=True)
+                rows = {claim.text(): [compared(claim, some) if some else "" for some in both] for claim in claims}
+            command = f"`{script}.py" + ("`" if name == "clean" else f" --break {name}`")
+            lines += [line(command, text, *cells) for text, cells in rows.items()]
+    return lines
+
+
 def details(results, metrics=None):
     """Lines: a row per metric and a column per run, over the seeds; then the curves of reasoning.py, if there are."""
     labels = list(results[0]["reports"])
@@ -342,6 +366,7 @@ def write_tables():
     plain, other = ({key: some for key, some in found.items() if bool(key[2]) == flags} for flags in (False, True))
     lines = [*overview(plain), "", "The clean runs, alone or beside a break:", "", *clean_runs(found)]
     lines += ["", "With other data, models or settings:", "", *overview(other)] if other else []
+    lines += ["", "The same with a published model (`--load`), means over the seeds:", "", *beside_published(found)]
     for (script, name, flags), results in found.items():
         metrics = None
         if name != "clean":
@@ -355,7 +380,8 @@ def write_tables():
         commits = set(map(made_by, results))
         lines += ["", f"Mean (lowest to highest) of {len(results)} seeds. Commit {', '.join(sorted(commits))}; "
                   f"{'; '.join(sorted({r['machine'] for r in results}))}; "
-                  f"{spread([r['seconds'] for r in results], 0)} seconds per seed."]  # fmt: skip
+                  f"{spread([r['seconds'] for r in results], 0)} seconds per seed, "
+                  f"{max(report['peak_gb'] for r in results for report in r['reports'].values()):.1f} GB."]  # fmt: skip
     for table in (table for table in kept if "rows" in table):
         lines += ["", f"### {table['title']}", "", f"`{table['command']}`", ""]
         lines += [line(*table["columns"]), "|---" * len(table["columns"]) + "|", *(line(*r) for r in table["rows"])]

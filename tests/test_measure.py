@@ -226,6 +226,25 @@ def test_the_worst_clean_run_is_named(there):
     assert row.startswith("| `dpo.py --") and row.endswith("| 0.500 (0.250 to 0.750) | 2 | 1 2 |")
 
 
+def test_a_published_model_beside_the_own_one(there):
+    """Each claim with the numbers of both, and the sign is that of the numbers, whether the claim holds or not."""
+    own = [r for r in results().values() if r["break"] == "flip_labels"]
+    (claim,) = [c for c in measure.breaks.entry("dpo", "flip_labels").claims if c.text().endswith("(broken) < 0.5")]
+    for result, value in zip(own, (0.125, 0.25)):
+        result["reports"]["broken"]["held_out_accuracy"] = value
+    other = json.loads(json.dumps(own[0])) | {"flags": ["--load", "smollm2"]}
+    other["reports"]["broken"]["held_out_accuracy"] = 0.75
+    real = other | {"flags": ["--load", "smollm2", "--data", "pairs.jsonl"]}
+    for result in own:
+        result["flags"] = []
+    lines = measure.beside_published(measure.groups([*own, other, real]))
+    (row,) = [line for line in lines if claim.text() in line]
+    assert row.startswith("| `dpo.py --break flip_labels` |") and row.endswith("| 0.188 < 0.500 | 0.750 > 0.500 |")
+    clean = other | {"break": "clean"}
+    (row,) = [line for line in measure.beside_published(measure.groups([clean])) if "accuracy, sampled |" in line]
+    assert row.startswith("| `dpo.py` | accuracy, sampled |  | ")
+
+
 def test_the_readmes_have_the_marks():
     text = (REPO / "data" / "results" / "README.md").read_text(encoding="utf-8")
     assert text.count(measure.BEGIN) == text.count(measure.END) == 1
