@@ -86,6 +86,9 @@ MORE = {
 }  # fmt: skip
 
 
+CONTROL = ("tools", "without calls")  # a run that is no break
+
+
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory):
     """All breaks share a directory, and so the models that they start from."""
@@ -103,8 +106,9 @@ def python(cwd, script, *flags):
 def done(cwd):
     """{(script, name): finished process} of all breaks, run as a reader would, two at a time."""
     # What several breaks start from is made once, and first: two processes cannot write one run.
-    for flags in ([], ["--answer_only"]):
-        assert not python(cwd, "sft", *flags).returncode
+    with ThreadPoolExecutor(2) as pool:
+        first = [pool.submit(python, cwd, "sft", *flags) for flags in ([], ["--answer_only"])]
+    assert not any(job.result().returncode for job in first)
     # Breaks with the same flags have the same clean run, so they take turns. While the one process makes the reward
     # model, the other one begins with the breaks that do not need it.
     need_reward_model, groups = ("reward_model", "ppo", "grpo"), {}
@@ -121,7 +125,10 @@ def done(cwd):
 
     with ThreadPoolExecutor(2) as pool:
         reward_model = pool.submit(python, cwd, "reward_model")
-        return {key: process for made in pool.map(run, groups) for key, process in made.items()}
+        made = pool.map(run, groups)
+        # Last: it is short, so neither core waits long for the other one.
+        control = pool.submit(python, cwd, "tools", "--plain", "--steps", "1000")
+        return {key: process for some in made for key, process in some.items()} | {CONTROL: control.result()}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +185,7 @@ def test_unsafe_eval_is_the_same_model(both):
 
 def test_with_and_without_the_tool(cwd, done):
     """40 points between the model with its tool and the control, which hardly learns anything in 1000 of its steps."""
-    assert not python(cwd, "tools", "--plain", "--steps", "1000").returncode
+    assert done[CONTROL].returncode == 0, done[CONTROL].stderr[-2000:]
     runs = [f for f in folders(cwd) if f.config["script"] == "tools"]
     tools = [f for f in runs if not f.config["break_"] and not f.config["rl"]]
     (good,), (plain,) = ([f.report for f in tools if f.config["plain"] is control] for control in (False, True))
