@@ -185,7 +185,7 @@ def pair_logps(model, prompts, chosen, rejected, rejected_prompts=None):
 def all_pair_logps(model, encoded, batch):
     """(P, 2) log-probabilities of chosen and rejected of all P pairs, encoded by lessons.encode_pairs."""
     rows = []
-    for i in range(0, len(encoded), batch):
+    for i in runs.progress(range(0, len(encoded), batch), "log-probabilities of pairs"):
         logps, _ = pair_logps(model, *map(list, zip(*encoded[i : i + batch])))
         rows.append(logps.view(2, -1).t())  # (2B,) -> (B, 2)
     return torch.cat(rows)

@@ -574,7 +574,7 @@ def completion_scores(scorer, prompts, completions):
 def final_scores(scorer, prompts, completions, batch=None):
     """Scores (B,) of complete answers, read at the last token (the end token, if there is one)."""
     found, batch = [], batch or at_once(scorer.transformer)
-    for i in range(0, len(prompts), batch):
+    for i in runs.progress(range(0, len(prompts), batch), "scores"):
         scores, mask = completion_scores(scorer, prompts[i : i + batch], completions[i : i + batch])
         found.append(scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0])
     return torch.cat(found)
@@ -666,7 +666,7 @@ def solve(model, tok, problems, temperature, generator, max_new_tokens=48, batch
     """One answer of a chat model per problem (objects with .text and .answer): a list of Answer."""
     prompts = [tok.prompt(p.text) for p in problems]
     answers, batch = [], batch or at_once(model)
-    for i in range(0, len(prompts), batch):
+    for i in runs.progress(range(0, len(prompts), batch), "answers"):
         completions = sample(model, prompts[i : i + batch], max_new_tokens, [tok.end],
                              temperature=temperature, generator=generator)  # fmt: skip
         for ids, logps, p in zip(*completions, problems[i : i + batch]):

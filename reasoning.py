@@ -46,7 +46,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import gpt
 from data import breaks, lessons, public, report, runs
@@ -219,7 +218,7 @@ def answer_often(model, tok, problems, n, longest, *key):
     """n answers to each problem: one list of gpt.Answer per problem."""
     found = []
     some = max(1, gpt.at_once(model, 512) // n)  # problems per batch: large batches are faster on a CPU too
-    for i in tqdm(range(0, len(problems), some), desc=f"{n} answers per problem", leave=False):
+    for i in runs.progress(range(0, len(problems), some), f"{n} answers per problem"):
         repeated = [p for p in problems[i : i + some] for _ in range(n)]
         answers = gpt.solve(model, tok, repeated, 1.0, runs.rng(*key, i), longest, batch=some * n)
         found += [answers[j : j + n] for j in range(0, len(answers), n)]
@@ -230,7 +229,7 @@ def answer_often(model, tok, problems, n, longest, *key):
 def score_all(scorer, tok, problems, groups):
     """The verifier's scores of all answers: one list of floats per problem. Equal answers are scored once."""
     found = []
-    for problem, group in zip(tqdm(problems, desc="scoring", leave=False), groups):
+    for problem, group in zip(runs.progress(problems, "scores"), groups):
         different = list(dict.fromkeys(tuple(a.ids) for a in group))
         prompts = [tok.prompt(problem.text)] * len(different)
         # The ids that were generated: encoding the text again can give other tokens, and another score.

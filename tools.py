@@ -134,7 +134,7 @@ def ask(model, tok, problems, tool, temperature, generator, longest, batch=None)
     Returns a list of gpt.Answer, and a list of who wrote each of their tokens. What the runtime writes counts
     towards `longest`: it takes up the same context."""
     answers, owns, batch = [], [], batch or gpt.at_once(model)
-    for i in range(0, len(problems), batch):
+    for i in runs.progress(range(0, len(problems), batch), "answers"):
         some = problems[i : i + batch]
         prompts = [tok.prompt(p.text) for p in some]
         writers = {}

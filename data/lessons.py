@@ -26,6 +26,7 @@ from data.checker import last_answer
 
 REAL_ANSWER = 160  # tokens that an answer to a real prompt may take
 REAL_SOLUTION = 256  # ... and a worked solution: nearly all of GSM8K's fit
+HELD_OUT = 500  # pairs of a source that are evaluated, at most: a standard error of 2 points
 
 
 @dataclass
@@ -214,6 +215,8 @@ def preferences(args, tok, context, n=None, held_out=200, annotator="human", unp
     if n is not None:  # a random part of the file
         random.Random(args.seed).shuffle(train)
         train = train[:n]
+    if len(held_out) > HELD_OUT:
+        held_out = random.Random(args.seed).sample(held_out, HELD_OUT)
     checked = held_out[0]["answer"] is not None
     problems = [
         SimpleNamespace(text=p["prompt"], answer=p["answer"] or 0)

@@ -250,6 +250,13 @@ def code_checksum(script):
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
+def progress(items, what):
+    """The items (a range or a list), with a progress bar if they take more than five seconds: with a published model an
+    evaluation takes minutes on a CPU."""
+    few = len(items) < 2
+    return tqdm(items, desc=what, leave=False, delay=5, dynamic_ncols=True, disable=few or parts.PROCESS > 0)
+
+
 # ---------------------------------------------------------------------------------------------
 # The record
 

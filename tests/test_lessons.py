@@ -215,6 +215,18 @@ def test_annotators(tok):
         assert all(len(row["chosen"]) > len(row["rejected"]) for row in equal)
 
 
+def test_of_a_large_source_a_random_part_is_held_out(write, tok, monkeypatch):
+    """The prompts that are held out and not evaluated are not trained on either."""
+    file = write([pair(i) for i in range(300)])
+    whole = lessons.preferences(options(file), tok, 512)
+    monkeypatch.setattr(lessons, "HELD_OUT", 10)
+    part = lessons.preferences(options(file), tok, 512)
+    assert len(whole.held_out) > 10 == len(part.held_out) and all(row in whole.held_out for row in part.held_out)
+    assert part.held_out != whole.held_out[:10] and part.train == whole.train
+    assert part.held_out == lessons.preferences(options(file), tok, 512).held_out
+    assert part.held_out != lessons.preferences(options(file, seed=1), tok, 512).held_out
+
+
 def test_n_limits_the_pairs_of_a_file_and_not_the_split(tok, write):
     """A random part of the file, a function of the seed. The held-out pairs are the same for every n."""
     file = write([pair(i) for i in range(60)])

@@ -147,6 +147,14 @@ def saved(run):
         (run.folder / "model" / name).write_text("{}")
 
 
+def test_a_loop_of_a_second_shows_no_bar(capsys):
+    assert list(runs.progress(range(0, 9, 4), "answers")) == [0, 4, 8] and list(runs.progress("ab", "scores")) == [
+        "a",
+        "b",
+    ]
+    assert capsys.readouterr() == ("", "")
+
+
 def test_log_and_mean(run):
     """The mean over the last fifth of the lines that have the first name; evaluations have others."""
     for step in range(20):
