@@ -51,6 +51,14 @@ def slip_statistics(seed, n=8000):
     return same, misread / hard
 
 
+def length_statistics(pairs):
+    """A line: do the labels of these pairs follow the length of the answers?"""
+    chosen, rejected = ([len(row[side]) for row in pairs] for side in ("chosen", "rejected"))
+    longer = sum(c > r for c, r in zip(chosen, rejected)) / len(pairs)
+    means = f"chosen {sum(chosen) / len(pairs):.0f} characters on average, rejected {sum(rejected) / len(pairs):.0f}"
+    return f"{means}; the chosen answer is the longer one in {longer:.1%}"
+
+
 def show_task(seed):
     rng = random.Random(seed)
     for problem in task.problems(10, seed):
@@ -90,7 +98,8 @@ def main():
     else:
         rows = public.load_or_exit(args.source)
         clean, unit = public.clean_pairs, "pairs"
-        rows = [row | {"chosen": row["chosen"] or row["answer"]} for row in rows]  # a problem has perhaps only a number
+        # A problem has perhaps only a number. An answer that is there and empty is another thing: it is dropped below.
+        rows = [row | {"chosen": row["answer"]} if row["chosen"] is None else row for row in rows]
         if public.is_judged(rows):
             clean, unit, name = partial(public.clean_demonstrations, judged=True), "answers", "answer"
         elif all(row["rejected"] is None for row in rows):
@@ -101,6 +110,8 @@ def main():
         rows, counts = clean(rows, str.split, 10**9)
         public.say_counts(args.source, counts, unit=unit)
         shown = random.Random(args.seed).sample(rows, min(10, len(rows)))
+        if name == "pair" and rows:
+            print(length_statistics(rows))
     for number, row in enumerate(shown, 1):
         about = f", answer {row['answer']}" if row["answer"] else ""
         if name == "answer":

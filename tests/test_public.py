@@ -908,6 +908,12 @@ def test_look_at_a_file(tmp_path, monkeypatch, capsys):
     assert [line for line in rest if line.endswith(":") or "====" in line] == [
         line for i in (1, 2, 3) for line in (f"==== pair {i}", "  prompt:", "  chosen:", "  rejected:")
     ]
+    assert rest[0].startswith("chosen ") and rest[0].endswith(".0%")
+    # Half of these have the longer answer chosen. An empty chosen answer does not make a row a judgement.
+    lengths = [("a", "bbb"), ("aaaa", "b"), ("aa", "bb"), ("aaa", "bb"), ("", "b")]
+    first, rest = show(*[{"prompt": "p", "chosen": c, "rejected": r} for c, r in lengths])
+    assert first == "5 pairs read, 1 with an empty text, 4 kept"
+    assert rest[0] == "chosen 2 characters on average, rejected 2; the chosen answer is the longer one in 50.0%"
     # Pairs of which none is left are still pairs.
     assert show(PAIR | {"rejected": ""}) == ("1 pairs read, 1 with an empty text, 0 kept", [])
     assert show(PAIR | {"chosen": "What?"}) == ("1 pairs read, 1 identical, 0 kept", [])
