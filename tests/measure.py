@@ -366,7 +366,8 @@ def write_tables():
     plain, other = ({key: some for key, some in found.items() if bool(key[2]) == flags} for flags in (False, True))
     lines = [*overview(plain), "", "The clean runs, alone or beside a break:", "", *clean_runs(found)]
     lines += ["", "With other data, models or settings:", "", *overview(other)] if other else []
-    lines += ["", "The same with a published model (`--load`), means over the seeds:", "", *beside_published(found)]
+    if len(published := beside_published(found)) > 2:  # more than the header
+        lines += ["", "The same with a published model (`--load`), means over the seeds:", "", *published]
     for (script, name, flags), results in found.items():
         metrics = None
         if name != "clean":

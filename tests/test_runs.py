@@ -148,10 +148,8 @@ def saved(run):
 
 
 def test_a_loop_of_a_second_shows_no_bar(capsys):
-    assert list(runs.progress(range(0, 9, 4), "answers")) == [0, 4, 8] and list(runs.progress("ab", "scores")) == [
-        "a",
-        "b",
-    ]
+    assert list(runs.progress(range(0, 9, 4), "answers")) == [0, 4, 8]
+    assert list(runs.progress("ab", "scores")) == ["a", "b"]
     assert capsys.readouterr() == ("", "")
 
 
