@@ -659,7 +659,7 @@ def read_answer(tok, ids, logps, gold):
 
 def at_once(model, small=250):
     """Answers per batch where there is no gradient. A published model's cache and logits take 50 MB per answer."""
-    return small if model.config.n_embd < 512 else 32
+    return small if model.config.n_embd < 512 else 64
 
 
 def solve(model, tok, problems, temperature, generator, max_new_tokens=48, batch=None):
