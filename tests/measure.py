@@ -74,10 +74,13 @@ def trained(script, *flags):
     return found
 
 
-def set_aside(seed):
+def set_aside(seed, flags=()):
     """Move the runs of this seed that other code has made to runs/stale-CODE/. A script would use an earlier chapter's
-    model although its code has changed (see runs.made_by); the tables shall not."""
+    model although its code has changed (see runs.made_by); the tables shall not. A run that the flags name stays."""
+    named = {Path(flag) for flag in map(str, flags)}
     for path in Path("runs").glob("*/config.json"):
+        if named & {path.parent, path.parent / "model"}:
+            continue  # --load FOLDER means this model, whatever code has made it; the result says which (see chain)
         config = runs.read_json(path)
         if config.get("seed") == seed and config["code"] != runs.code_checksum(config["script"]):
             target = Path("runs") / f"stale-{config['code']}" / path.parent.name
@@ -199,7 +202,7 @@ def measure_seed(seed, wanted, flags, stop, renew=False):
     for script, name in wanted:
         if stop.is_set():
             break
-        set_aside(seed)
+        set_aside(seed, flags)
         try:
             results.append(measure(script, name, flags, seed, renew))
         except SystemExit as error:

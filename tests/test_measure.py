@@ -129,6 +129,17 @@ def test_runs_of_other_code_are_set_aside(there, command):
     assert sorted(Path("runs").glob("dpo*")) == [run for run in runs if run.name != name]
 
 
+@pytest.mark.parametrize(
+    "flags, stays", [([], False), (["--load", "runs/mine"], True), (["--rm", "runs/mine/model"], True)]
+)
+def test_a_run_that_the_flags_name_is_not_set_aside(tmp_path, monkeypatch, flags, stays):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/config.json").write_text(json.dumps({"seed": 0, "script": "sft", "code": "other"}))
+    measure.set_aside(0, flags)
+    assert Path("runs/mine").exists() == stays
+
+
 def test_the_chain_of_a_run_may_be_a_circle(tmp_path, monkeypatch):
     """As with distribution_shift: the reward model's report names the policy, and the policy's the reward model. Models
     that no run has made are not followed."""
