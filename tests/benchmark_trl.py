@@ -23,26 +23,33 @@ Before the measurement both compute the loss of one batch, and it must be the sa
 TRL's own train() runs, and a callback at the end of each of its steps makes one of ours, so other work on the machine
 slows both. Their time is from the end of our step to the end of their next one: batch, loss, update, and what a Trainer
 does around them. Our time is everything between two steps of the script, without the line in metrics.jsonl. The table
-shows steps per second (median), and the median of the ratio within a turn. Then it shows where our time goes:
-the fractions that the parts of our steps take, and the fraction that is spent in matrix products, by the profiler. TRL
-needs the same products, so they limit the ratio.
+shows steps per second (median), and the median of the ratio within a turn. The GB are what two steps of one side add to
+a new process that has loaded the models: gradients, AdamW's state, activations. The second table shows where our time
+goes: the fractions that the parts of our steps take, and the fraction that is spent in matrix products (by the
+profiler). TRL needs the same products, so they limit the ratio.
 
 There is no row for PPO, because TRL 1.16 has no PPOTrainer any more. Its sampling and update are those of the grpo row.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: all weights are random
 os.environ["TQDM_DISABLE"] = "1"  # TRL's and datasets' progress bars would cut up the table
+# For the processes that measure memory: with glibc, what is freed goes back at once and does not hide what a step adds.
+os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
 import tokenizers
 import torch
 import transformers
@@ -66,7 +73,7 @@ from data import lessons, task
 from data.checker import is_correct
 from data.runs import batch_indices, rng
 
-FORMAT = "{:18}{:>10}{:>10}{:>24}{:>8}"
+FORMAT = "{:18}{:>10}{:>10}{:>24}{:>8}{:>12}{:>12}"
 TOK = gpt.Tokenizer("task")
 PROMPTS, GROUP, NEW = 8, 8, 48  # grpo
 BATCH = 32  # all others
@@ -274,8 +281,37 @@ def matrix_products(step):
     return sum(times.get(f"aten::{name}", 0) for name in ("mm", "addmm", "bmm", "baddbmm")) / sum(times.values())
 
 
-def compare(name, row, folder, steps):
+def memory_of(name, side, folder, load):
+    """GB that two steps of one side add to this process, which must be a new one. The most is looked up every 5 ms."""
+    prepare(load)
+    trainer, step, _ = ROWS[name](folder, 2)
+    trainer.remove_callback(PrinterCallback)
+    process, ended = psutil.Process(), threading.Event()
+    before = most = process.memory_info().rss
+
+    def watch():
+        nonlocal most
+        while not ended.wait(0.005):
+            most = max(most, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if side == "TRL":
+        trainer.train()
+    else:
+        step(0)
+        step(1)
+    ended.set()
+    watcher.join()
+    return (most - before) / 1e9
+
+
+def compare(name, row, folder, steps, load):
     """Check that both sides compute the same loss, and let them take turns. Prints and returns a row of each table."""
+    memory = []
+    for side in ("here", "TRL"):  # before this process loads anything, so that there is room
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            memory.append(pool.submit(memory_of, name, side, folder, load).result())
     trainer, step, loss_of = row(folder, steps + WARMUP)
     trainer.remove_callback(PrinterCallback)
     if loss_of:
@@ -290,7 +326,7 @@ def compare(name, row, folder, steps):
     ratios = [b / a for a, b in zip(ours, theirs)]
     speeds = [1 / statistics.median(seconds) for seconds in (ours, theirs)]
     ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    cells = [name, *(f"{speed:.2f}" for speed in speeds), ratio, len(ratios)]
+    cells = [name, *(f"{speed:.2f}" for speed in speeds), ratio, len(ratios), *(f"{size:.2f}" for size in memory)]
     print(FORMAT.format(*cells), flush=True)
     whole = sum(clock.seconds.values())
     return cells, [
@@ -301,6 +337,20 @@ def compare(name, row, folder, steps):
 
 
 ROWS = {"grpo": grpo_row, "dpo": dpo_row, "sft": sft_row, "reward_model": reward_model_row}
+
+
+def prepare(load):
+    """Settings of this process, and its sizes: of the tiny model, or of the published one in the folder `load`. Returns
+    the model."""
+    global TOK, PROMPTS, BATCH
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    if not load:
+        return gpt.GPT(gpt.GPTConfig(TOK.vocab_size))
+    TOK, PROMPTS, BATCH = gpt.Tokenizer(load), PROMPTS // 4, BATCH // 4
+    return gpt.load_model(load)
 
 
 def main():
@@ -315,25 +365,18 @@ def main():
         if name not in ROWS:
             parser.error(f"no row {name!r}: {', '.join(ROWS)}")
     steps = max(1, args.steps // 4) if args.quick else args.steps
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-    global TOK, PROMPTS, BATCH
-    torch.manual_seed(0)
-    if args.load:
-        model, TOK, PROMPTS, BATCH = gpt.load_model(args.load), gpt.Tokenizer(args.load), PROMPTS // 4, BATCH // 4
-    else:
-        model = gpt.GPT(gpt.GPTConfig(TOK.vocab_size))
+    model = prepare(args.load)
     begun = time.time()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
           f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start; "
           "\n")  # fmt: skip
-    columns = ["steps per second", "here", "TRL", "ratio (range)", "steps"]
+    columns = ["steps per second", "here", "TRL", "ratio (range)", "steps", "GB here", "GB TRL"]
     print(FORMAT.format(*columns))
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder))
-        rows = [compare(name, ROWS[name], folder, steps if name == "grpo" else 3 * steps) for name in args.rows or ROWS]
+        del model
+        rows = [compare(name, ROWS[name], folder, steps if name == "grpo" else 3 * steps, args.load)
+                for name in args.rows or ROWS]  # fmt: skip
     speeds, parts = (list(table) for table in zip(*rows))
     print("\nWhere our time goes:\n")
     names = ["", *PARTS, "matrix products"]

@@ -4,40 +4,19 @@
 
 Draws data/figures/frontier.png: accuracy against the distance sqrt(KL) from the SFT model, every evaluation of every
 seed, on the left for the reward model and on the right for the exact checker. Prints a table and keeps it in
-data/results/. Runs are kept under runs/ in the current folder, as in measure.py.
+data/results/ with the points of the figure, so that measure.py --tables can draw it again. Runs are kept under runs/ in
+the current folder, as in measure.py.
 """
 
 import argparse
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into a file: works without a screen
-import matplotlib.pyplot as plt
-from measure import REPO, header, keep_table, row, spread, trained
+from measure import REPO, draw_frontier, header, keep_table, row, spread, trained
 
 
 def evaluations(reward, beta, seed, steps):
     """The evaluations of one run, which is trained if it is missing."""
     run = trained("grpo", "--max_steps", steps, "--reward", reward, "--beta", beta, "--seed", seed)[-1]
     return [m for m in run.metrics if "test_accuracy" in m]
-
-
-def draw(runs, path):
-    """runs: {reward: {beta: [the evaluations of each seed]}}"""
-    fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained", sharey=True)
-    titles = {"learned": "reward: a learned model", "checker": "reward: the exact checker"}
-    for ax, (reward, betas) in zip(axes, runs.items()):
-        for i, (beta, seeds) in enumerate(betas.items()):
-            color = plt.cm.viridis(0.9 * i / max(1, len(betas) - 1))
-            for j, run in enumerate(seeds):
-                xs, ys = zip(*((m["test_sqrt_kl"], m["test_accuracy"]) for m in run))
-                label = f"beta {beta:g}" if j == 0 else None
-                ax.plot(xs, ys, ".-", color=color, linewidth=0.8, markersize=5, label=label)
-        ax.set(title=titles[reward], xlabel="square root of the KL to the SFT model (nats)")
-        ax.grid(alpha=0.3)
-        ax.legend()
-    axes[0].set_ylabel("accuracy")
-    fig.savefig(path, dpi=110)
 
 
 def main():
@@ -51,7 +30,6 @@ def main():
         reward: {beta: [evaluations(reward, beta, seed, args.max_steps) for seed in args.seeds] for beta in args.betas}
         for reward in ("learned", "checker")
     }
-    draw(runs, args.figure)
     columns = ["reward", "beta", "KL at the end", "reward at the end", "accuracy at the start, half B", "at the peak",
                "at the end"]  # fmt: skip
     rows = []
@@ -64,8 +42,15 @@ def main():
     header(*columns)
     for cells in rows:
         row(*cells)
+    points = {
+        reward: {f"{beta:g}": [[[round(m["test_sqrt_kl"], 4), m["test_accuracy"]] for m in run] for run in seeds]
+                 for beta, seeds in betas.items()}
+        for reward, betas in runs.items()
+    }  # fmt: skip
+    draw_frontier(points, args.figure)
     keep_table("frontier", "What a KL penalty is for: a learned and a true reward", columns, rows,
-               f"GRPO, {args.max_steps} steps. Mean (lowest to highest) of {len(args.seeds)} seeds.")  # fmt: skip
+               f"GRPO, {args.max_steps} steps. Mean (lowest to highest) of {len(args.seeds)} seeds.",
+               points=points)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -213,12 +215,13 @@ def measure_seed(seed, wanted, flags, stop, renew=False):
     return results
 
 
-def keep_table(name, title, columns, rows, notes=""):
-    """Write the table of another command (a benchmark, say) to data/results/NAME.json: --tables prints it."""
+def keep_table(name, title, columns, rows, notes="", **more):
+    """Write the table of another command (a benchmark, say) to data/results/NAME.json: --tables prints it. more: what a
+    figure of it needs."""
     command = " ".join(["python", f"tests/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     cores = f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} used"
     kept = {"title": title, "command": command, **commit(), "machine": f"{cores}, torch {torch.__version__}",
-            "columns": columns, "rows": rows, "notes": notes}  # fmt: skip
+            "columns": columns, "rows": rows, "notes": notes, **more}  # fmt: skip
     write_result(RESULTS / f"{name}.json", kept)
 
 
@@ -350,6 +353,24 @@ def write_figures(found, folder):
             report.draw(folder / f"{script}-{name}.png", rows, panels)
 
 
+def draw_frontier(points, path):
+    """The figure of frontier.py. points: {reward: {beta: for each seed, a list of [square root of KL, accuracy]}}"""
+    fig = Figure(figsize=(10.5, 3.8), layout="constrained")
+    axes = fig.subplots(1, 2, sharey=True)
+    titles = {"learned": "reward: a learned model", "checker": "reward: the exact checker"}
+    for ax, (reward, betas) in zip(axes, points.items()):
+        for i, (beta, seeds) in enumerate(betas.items()):
+            color = colormaps["viridis"](0.9 * i / max(1, len(betas) - 1))
+            for j, run in enumerate(seeds):
+                label = f"beta {beta}" if j == 0 else None
+                ax.plot(*zip(*run), ".-", color=color, linewidth=0.8, markersize=5, label=label)
+        ax.set(title=titles[reward], xlabel="square root of the KL to the SFT model (nats)")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    axes[0].set_ylabel("accuracy")
+    fig.savefig(path, dpi=110)
+
+
 def write_first_table(found, readme):
     """The table of README.md: what `python dpo.py --break flip_labels` prints, which is seed 0."""
     for result in found.get(("dpo", "flip_labels", ()), []):
@@ -392,6 +413,8 @@ def write_tables():
         lines += ["", f"{table['notes']} Commit {made_by(table)}; {table['machine']}.".strip()]
     between(readme, BEGIN, END, "\n".join(lines))
     write_figures(found, REPO / "data" / "figures")
+    for table in (table for table in kept if "points" in table):
+        draw_frontier(table["points"], REPO / "data" / "figures" / "frontier.png")
     write_first_table(found, REPO / "README.md")
     print(f"{readme}: written from {len(kept)} results")
 

@@ -1,9 +1,7 @@
 """measure.py on tiny runs: what a result holds, when it is used again, and the tables that are written from it."""
 
-import ast
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -261,29 +259,6 @@ def test_the_readmes_have_the_marks():
     assert text.count(measure.BEGIN) == text.count(measure.END) == 1
     text = (REPO / "README.md").read_text(encoding="utf-8")
     assert text.count(measure.FIRST_BEGIN) == text.count(measure.FIRST_END) == 1
-
-
-# Percentages that are no results: {where: which}.
-NO_RESULTS = {
-    "dpo.py": {"30 %"},  # how many labels label_noise swaps
-    "reasoning.py": {"90 %"},  # the example of Bayes' rule
-    "reward_model.py": {"80 %"},  # what calibration means
-}
-
-
-@pytest.mark.parametrize("path", [*sorted(p for g in ("*.py", "data/*.py") for p in REPO.glob(g)), REPO / "README.md"],
-                         ids=lambda path: path.name)  # fmt: skip
-def test_percentages_are_in_the_results(path):
-    """Every percentage in a docstring or in README stands in data/results/README.md, with the command behind it."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        found = [ast.get_docstring(node) for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-        text = "\n".join(filter(None, found))
-    said = set(re.findall(r"\d+(?:\.\d+)? %", text))
-    results = (REPO / "data" / "results" / "README.md").read_text(encoding="utf-8")
-    known = set(re.findall(r"\d+(?:\.\d+)? %", results))
-    assert said <= known | NO_RESULTS.get(path.name, set())
 
 
 def test_thinned():
