@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from data import breaks, lessons, public, report, runs
+from data import breaks, lessons, parts, public, report, runs
 from data.checker import last_answer, miscalculates
 from sft import pass_at_k
 
@@ -337,17 +337,22 @@ def train(args):
         # ---- one update: all solutions of a few problems, so that correct and wrong ones are side by side
         gpt.set_lr(optimizer, lr, step, steps)
         chosen = runs.batch_indices(len(exercises), args.batch, step, args.seed)
-        prompts = [tok.prompt(exercises[i].text) for i in chosen for _ in range(args.samples)]
-        answers = [a for i in chosen for a in solved[i]]
-        scores, mask = gpt.completion_scores(scorer, prompts, [a.ids for a in answers])  # (B, N+1)
-        if args.level == "solution":
-            mask = last_only(mask)
-        loss = verifier_loss(scores, mask, torch.tensor([a.correct for a in answers], device=scores.device))
+        rows = [(tok.prompt(exercises[i].text), a) for i in chosen for a in solved[i]]
+        prefixes = len(rows) if args.level == "solution" else sum(len(a.ids) + 1 for _, a in rows)  # with a loss
         optimizer.zero_grad()
-        loss.backward()
+        log = {}
+        for some in parts.micro_batches(rows, args.micro_batch):  # b of the B solutions; by default all of them
+            prompts, answers = zip(*some)
+            scores, mask = gpt.completion_scores(scorer, prompts, [a.ids for a in answers])  # (b, n+1)
+            if args.level == "solution":
+                mask = last_only(mask)
+            loss = verifier_loss(scores, mask, torch.tensor([a.correct for a in answers], device=scores.device))
+            share = mask.sum() / prefixes  # a mean over these prefixes is weighted by their part of all
+            (share * loss).backward()
+            parts.add(log, share, loss=loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=loss, grad_norm=grad_norm)
+        run.log(step, **log, grad_norm=grad_norm)
 
     # ---- the report
     groups = answer_often(model, tok, problems, args.n, longest, args.seed, "answers")
@@ -428,6 +433,8 @@ def parser():
         "(with --data 100)")
     add("--samples", type=int, default=8, help="solutions of the model to each of them")
     add("--batch", type=int, default=4, help="problems per update, with all their solutions")
+    add("--micro_batch", type=int, help="solutions per forward pass: less memory, the same gradient (default: all\n"
+        "of the batch)")
     add("--lr", type=float, help="step size of the verifier (default 1e-3; from width 512 on 1e-5)")
     add("--eval_every", type=int, default=250, help="steps between evaluations of the verifier")
     add("--max_tokens", type=int, default=48, help="longer answers are cut off (with --data 256)")

@@ -42,7 +42,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import gpt
-from data import breaks, lessons, report, runs, tool_task
+from data import breaks, lessons, parts, report, runs, tool_task
 from data.tool_task import answer_call
 from grpo import aggregate, group_advantages, k3
 from ppo import policy_loss
@@ -284,20 +284,26 @@ def train(args):
         if step == steps:
             break
         gpt.set_lr(optimizer, lr, step, steps)
-        chosen = runs.batch_indices(len(examples), args.batch, step, args.seed)
-        prompts, answers, owns = zip(*(examples[i] for i in chosen))
-        logps, exists = gpt.completion_logps(model, prompts, answers)  # (B, N), (B, N)
-        own = padded(owns, args.device)  # (B, N)
-        learned = own
-        if args.break_ == "hallucinated_result":
-            learned = exists  # "it is all text": the loss is on every token, whoever wrote it
-        loss = masked_nll(logps, learned)
+        rows = [examples[i] for i in runs.batch_indices(len(examples), args.batch, step, args.seed)]
+        own_tokens, all_tokens = (sum(map(count, (own for *_, own in rows))) for count in (sum, len))  # of the batch
         optimizer.zero_grad()
-        loss.backward()
+        log = {}
+        for some in parts.micro_batches(rows, args.micro_batch):  # b of the B solutions; by default all of them
+            prompts, answers, owns = zip(*some)
+            logps, exists = gpt.completion_logps(model, prompts, answers)  # (b, n), (b, n)
+            own = padded(owns, args.device)  # (b, n)
+            learned, tokens = own, own_tokens
+            if args.break_ == "hallucinated_result":
+                learned, tokens = exists, all_tokens  # "it is all text": the loss is on every token, whoever wrote it
+            loss = masked_nll(logps, learned)
+            share = learned.sum() / tokens  # a mean over these tokens is weighted by their part of the batch's
+            (share * loss).backward()
+            parts.add(log, share, loss=loss)
+            # Runs with different masks can be compared on the same tokens only: the model's own.
+            parts.add(log, own.sum() / own_tokens, loss_own=masked_nll(logps, own))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        # Runs with different masks can be compared on the same tokens only: the model's own.
-        run.log(step, loss=loss, loss_own=masked_nll(logps.detach(), own), grad_norm=grad_norm)
+        run.log(step, **log, grad_norm=grad_norm)
 
     # ---- the report
     model.config.chat = True
@@ -356,19 +362,25 @@ def train_rl(args):
             rewards = correct + calls  # "encourage the model to use its tools": a point per call
         advantages = group_advantages(rewards.view(P, G)).view(-1, 1).to(args.device)  # (B, 1)
         # ---- one update, on the model's own tokens
-        own = padded(owns, args.device)  # (B, N)
-        old_logps = pad_sequence([a.logps for a in answers], batch_first=True)  # as recorded in sampling
-        with torch.no_grad():
-            ref_logps, _ = gpt.completion_logps(ref, prompts, completions, banned=banned)
-        logps, _ = gpt.completion_logps(policy, prompts, completions, banned=banned)
-        loss, kl = rl_loss(logps, old_logps, ref_logps, advantages, own, args.beta)
+        tokens = sum(map(sum, owns))  # that the model wrote
         gpt.set_lr(optimizer, lr, step, 10**9, warmup=5)  # constant after a short warmup
         optimizer.zero_grad()
-        loss.backward()
+        log = {}
+        for rows in parts.micro_batches(list(range(P * G)), args.micro_batch):  # b of the B answers; by default all
+            few = [prompts[i] for i in rows], [completions[i] for i in rows]
+            own = padded([owns[i] for i in rows], args.device)  # (b, n)
+            old_logps = pad_sequence([answers[i].logps for i in rows], batch_first=True)  # as recorded in sampling
+            with torch.no_grad():
+                ref_logps, _ = gpt.completion_logps(ref, *few, banned=banned)
+            logps, _ = gpt.completion_logps(policy, *few, banned=banned)
+            loss, kl = rl_loss(logps, old_logps, ref_logps, advantages[rows], own, args.beta)
+            share = own.sum() / tokens
+            (share * loss).backward()
+            parts.add(log, share, loss=loss, kl_per_token=kl)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=loss, kl_per_token=kl, grad_norm=grad_norm, reward=rewards.mean(), correct=correct.mean(),
-                calls=calls.mean(), length=own.sum() / len(batch))  # fmt: skip
+        run.log(step, **log, grad_norm=grad_norm, reward=rewards.mean(), correct=correct.mean(), calls=calls.mean(),
+                length=tokens / len(batch))  # fmt: skip
 
     # ---- the report
     before = next(m for m in run.metrics if "accuracy_sampled" in m)
@@ -403,6 +415,8 @@ def parser():
     add("--plain", action="store_true", help="the control: the same training on the same solutions without calls")
     add("--demos", type=int, default=20000, help="annotated solutions of random problems")
     add("--batch", type=int, default=8, help="solutions per step: many small steps, as in gpt.py (with --data 4)")
+    add("--micro_batch", type=int, help="solutions, or with --rl answers, per forward pass: less memory, the same\n"
+        "gradient (default: all of the batch)")
     add("--steps", type=int, help="stop after so many updates (default: all demonstrations once)")
     add("--lr", type=float, help="step size (default 5e-3, with --rl 1e-4; from width 512 on 5e-5 and 3e-6)")
     add("--max_tokens", type=int, default=72, help="longer answers are cut off (with --data 256)")

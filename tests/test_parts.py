@@ -183,7 +183,11 @@ def first_gradient(monkeypatch, tmp_path, tiny, script, *flags):
     module = importlib.import_module(script)
     argv = [*tiny(script), "--device", "cpu", *flags]
     with pytest.raises(Stop) as stopped:
-        module.train(runs.parse(script, module.parser(), argv, breaks.of(script)))
+        train = module.train
+        if "--rl" in argv:  # a random model's rewards are all 0, and so are their advantages
+            train, drawn = module.train_rl, torch.Generator().manual_seed(0)
+            monkeypatch.setattr(module, "group_advantages", lambda rewards: torch.randn(rewards.shape, generator=drawn))
+        train(runs.parse(script, module.parser(), argv, breaks.of(script)))
     return stopped.value.args[0]
 
 
@@ -197,6 +201,11 @@ VARIANTS = {
     "grpo dapo": ["--loss", "dapo"],
     "grpo dr_grpo": ["--loss", "dr_grpo"],
     "ppo": ["--prompts", "3", "--minibatch", "6"],
+    "reasoning": [],
+    "reasoning solution": ["--level", "solution"],
+    "tools": [],
+    "tools all": ["--break", "hallucinated_result"],
+    "tools rl": ["--rl", "1"],
 }
 
 
@@ -210,7 +219,7 @@ def test_the_gradient_of_a_script_does_not_depend_on_micro_batch(monkeypatch, tm
         close(found, full, 2e-6 * full.abs().max())
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model", "grpo", "ppo"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model", "grpo", "ppo", "reasoning", "tools"])
 def test_the_log_is_that_of_the_whole_batch(make, script):
     """Also after several updates, and with parts of unequal size."""
     flags = ["--prompts", "3", "--minibatch", "5", "--epochs", "2"] if script == "ppo" else []
