@@ -192,7 +192,10 @@ def train(args):
             results, answers = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest,
                                                    material.styles)  # fmt: skip
             run.say(step, **results)
-            run.samples(step, gpt.shown(held_out, answers))
+            # The reward of each output that is shown: a wrong answer may have a high one.
+            pairs, scores = gpt.shown(held_out, answers), reward(held_out[:8], answers[:8])
+            run.samples(step, [(prompt, f"{text} score {score:.2f}, {len(a.ids)} tokens")
+                               for (prompt, text), score, a in zip(pairs, scores, answers)])  # fmt: skip
         if step == max_steps:
             break
         # ---- rollouts: some answers to each of the prompts, B in all
