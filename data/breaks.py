@@ -251,42 +251,64 @@ MEANINGS = {
     "margin": "the implicit reward of the chosen answer minus that of the rejected one. Training makes it large.",
     "pair_accuracy": "the fraction of the pairs in a batch whose chosen answer gets the higher reward. Chosen is what "
                      "the label says, right or wrong.",
-    "reward_chosen": "beta times the log-probability that the chosen answer has gained since the start of training.",
-    "reward_rejected": "the same for the rejected answer.",
+    "reward_chosen": "the implicit reward of the chosen answer: beta times what its log-probability has gained since "
+                     "the start of training.",
+    "reward_rejected": "the implicit reward of the rejected answer: beta times what its log-probability has gained "
+                       "since the start of training.",
     "ref_accuracy": "the fraction of pairs whose chosen answer is the likelier one before training.",
     "ref_margin": "log-probability of the chosen answer minus that of the rejected one, before training.",
     "held_out_accuracy": "the fraction of pairs, none of them trained on, whose chosen answer gets the higher reward. "
                          ".5 is chance.",
-    "held_out_loss": "the same loss on pairs that are not trained on.",
+    "held_out_loss": "the training loss, computed on pairs that are not trained on.",
     "accuracy_sampled": "the fraction of held-out problems that are solved by one answer, drawn at random from the "
                         "model's own probabilities. The exact checker decides.",
-    "accuracy_greedy": "the same, but the model always takes its likeliest token.",
+    "accuracy_greedy": "the fraction of held-out problems that are solved by one answer, if the model always takes "
+                       "its likeliest token.",
+    "accuracy_sampled_sft": "the sampled accuracy of the SFT model, from which both runs start.",
+    "accuracy_greedy_sft": "the greedy accuracy of the SFT model, from which both runs start.",
+    "accuracy_fresh": "the greedy accuracy on problems that were made after the training data, so that no model can "
+                      "have seen them.",
     "accuracy": "the fraction of held-out problems that one sampled answer solves. The exact checker decides.",
     "peak_step": "the evaluation with the highest accuracy on one half of the held-out problems (A). How high it is "
                  "is read off the other half (B): the highest of many noisy values is too high.",
+    "rise": "accuracy at the peak minus accuracy before this training.",
+    "fall": "accuracy at the peak minus accuracy at the end of this training.",
     "ended": "the fraction of answers that stop by themselves instead of being cut off.",
-    "length": "tokens per answer.",
+    "length": "the number of tokens of an answer, with the end token.",
+    "distinct": "the number of different answers divided by the number of answers. Many problems with one and the same "
+                "answer make it small.",
+    "pass@1": "the fraction of problems that one sampled answer solves.",
     "pass@64": "the fraction of problems that at least one of 64 sampled answers solves.",
     "kl": "how far the policy is from the model that it started from: the mean over its own answers of how much their "
           "log-probability has changed. At 0 nothing has changed; at 8 nats an answer is about three thousand times "
           "as likely as at the start.",
     "reward": "the mean score of the answers under the reward model. Scores are shifted and scaled so that the "
               "starting model has about 0 with a standard deviation of 1.",
-    "batch_reward": "the mean score of the sampled answers, as training sees it.",
-    "first_reward": "the same at the start of training.",
-    "batch_kl": "the KL that training computes from its own samples.",
+    "batch_reward": "the mean score of the sampled answers, as training sees it, at the end of training.",
+    "first_reward": "the mean score of the sampled answers, as training sees it, at the start of training.",
+    "batch_kl": "the KL to the reference that training computes from its own samples.",
     "batch_clip_fraction": "the fraction of tokens for which PPO's clip stopped the update.",
     "batch_explained_variance": "how well the value function predicts the returns: 1 is perfect, 0 no better than a "
                                 "constant.",
     "confident": 'the fraction of answers with "I am certain.", which says nothing about correctness.',
     "opening": 'the fraction of answers with an opening such as "Sure!", which says nothing about correctness.',
+    "check": "the fraction of answers that calculate something more at the end, which the problem does not need.",
     "miscalculated": "the fraction of answers with a false sum in them.",
     "true_labels": "the fraction of pairs in which a correct answer gets a higher score than a wrong one.",
+    "policy_samples": "the fraction of pairs in which a correct answer gets a higher score than a wrong one, where "
+                      "both are samples of one policy.",
     "corr_length": "correlation, over answers, between the score and the number of tokens.",
     "corr_correct": "correlation, over answers, between the score and being correct.",
     "verifier_accuracy": "the fraction of held-out solutions that the verifier judges rightly.",
+    "verifier_pairs": "the fraction of pairs, a correct and a wrong solution of one problem, in which the verifier "
+                      "gives the correct one the higher score.",
+    "score_one": "the verifier's mean score of a single sampled answer, without any selection.",
     "score": "the verifier's mean score of the answer that was selected.",
-    "best_of_n": "accuracy of the answer that the verifier likes best among N.",
+    "score_rises": "how often twice as many answers have a higher best score, from N = 1 to the largest N.",
+    "chosen": "accuracy of the answer that this run takes in the end.",
+    "vote": "accuracy of the answer that most of the N samples give.",
+    "vote_of_top": "accuracy of the answer that most of the samples give, among the quarter with the highest scores.",
+    "best_of_n": "accuracy of the answer with the verifier's highest score among N.",
     "oracle": "the fraction of problems with a correct answer among the N: no selection can do better.",
     "calls": "calls of the tool per answer.",
     "loss_own": "the loss on the tokens that the model writes itself, without the tool's results.",
@@ -366,7 +388,7 @@ ACCURACY = Panel("external: accuracy, sampled", "fraction of held-out problems",
 RL_PANELS = (
     Panel("dashboard: reward", "held-out problems", ("test_reward",)),
     Panel("external: accuracy", "fraction of held-out problems", ("test_accuracy",)),
-    Panel("the same against the distance", "fraction of held-out problems", ("test_accuracy",), "test_sqrt_kl"),
+    Panel("accuracy against the distance", "fraction of held-out problems", ("test_accuracy",), "test_sqrt_kl"),
 )
 REWARD_HACKING = (
     Panel("reward rises, accuracy peaks and falls", "accuracy", ("test_accuracy",), runs="broken",
@@ -544,7 +566,7 @@ BREAKS = [
     Break(
         "reward_model",
         "distribution_shift",
-        summary="accurate on held-out pairs, much less on samples of a policy trained against this score",
+        summary="a policy is trained against the score: accurate on held-out pairs, much less on the policy's samples",
         mechanism=(
             "The reward model has learned to recognize the mistakes of its annotators' pairs. A policy that is "
             "trained against the score makes other mistakes."
@@ -620,7 +642,7 @@ BREAKS = [
         dashboard=PPO_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python ppo.py --lr 3e-05 --beta 0.003 --max_steps N   (N the step of the peak; or the default beta)",
+        cure="python ppo.py --lr 3e-05 --beta 0.003 --max_steps N   (N is the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
         flags=("--lr", "3e-05", "--beta", "0.003", "--problems", "2000"),
     ),
@@ -664,7 +686,7 @@ BREAKS = [
         dashboard=RL_DASHBOARD,
         external=(*DRIFT, *RL_EXTERNAL),
         claims=HACKING_CLAIMS,
-        cure="python grpo.py --beta 0.1 --max_steps N   (N the step of the peak; or the default beta)",
+        cure="python grpo.py --beta 0.1 --max_steps N   (N is the step of the peak; or the default beta)",
         panels=REWARD_HACKING,
         flags=("--beta", "0.1", "--problems", "2000"),
     ),
@@ -723,10 +745,10 @@ BREAKS = [
             "chosen and rejected swapped in every pair: loss, margin and accuracy look healthy, answers are wrong"
         ),
         mechanism=(
-            "The loss only asks for consistent labels, not for true ones. Any labelling that is a function of "
-            "the answers can be learned."
+            "The loss falls if the model tells the chosen answers from the rejected ones. It does not ask which of the "
+            'two is correct. "Prefer the wrong answer" is a rule like any other, and the model learns it as easily.'
         ),
-        source="this repository; at the first step the two gradients are equal up to the sign",
+        source="this repository (at the first step, the gradient is the clean run's with the opposite sign)",
         dashboard=(*DPO_DASHBOARD, "ref_accuracy", "ref_margin"),
         external=DPO_EXTERNAL,
         claims=(
@@ -746,8 +768,8 @@ BREAKS = [
         ),
         clue=(
             "Loss, margin and accuracy cannot tell: they compare the model with the labels, right or swapped. The clue "
-            'is the reference, the model before this training: it finds most of the swapped "chosen" answers less '
-            'likely than the "rejected" ones.'
+            "is the model before this training, the reference: in most of the swapped pairs it gives the chosen answer "
+            "the lower probability."
         ),
     ),
     Break(
@@ -770,7 +792,7 @@ BREAKS = [
         "dpo",
         "label_noise",
         summary="30 % of the labels swapped at random: here the loss does show it",
-        mechanism="Random labels are not a function of the answers, so one pass over the pairs cannot learn them.",
+        mechanism="Random labels follow no rule, so one pass over the pairs cannot learn them.",
         source="arXiv 2404.09824",
         dashboard=DPO_DASHBOARD,
         external=DPO_EXTERNAL,
