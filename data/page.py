@@ -1,25 +1,29 @@
 """The page of a run: one HTML file to look at, without a network, without a server.
 
-    runs/NAME/page.html     of a break: what was changed, which run is broken?, the external evaluation, the outputs of
-                            both runs side by side, the verdict. Of any other run: its curves, outputs and numbers.
+    runs/NAME/page.html     of a break: what was changed, and which run is broken? When the reader has chosen: the
+                            external evaluation, the outputs of both runs side by side, the verdict. Of any other run:
+                            its curves, outputs and numbers.
     runs/index.html         all runs
 
 Everything is read from the runs' files (data/runs.py), the catalogue (data/breaks.py) and the script's source. The
 curves are SVG made here; the template data/page.html holds the style and the few dozen lines of JavaScript that the
-choice, the slider and the copy button need. Outputs are data, not HTML: they travel as JSON and are shown as text.
+choice, the slider and the copy button need. Without JavaScript nothing is hidden, and the outputs are in samples.md.
+Outputs are data, not HTML: they travel as JSON and are shown as text.
 """
 
 import ast
+import importlib
 import json
 import math
 import random
 import re
+import shlex
 import textwrap
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import breaks, runs, task
+from data import breaks, checker, runs, task
 
 HERE = Path(__file__).resolve().parent
 POINTS = 60  # of a curve: more cannot be told apart at the width of a phone
@@ -109,8 +113,16 @@ def excerpt(script, name, around=2):
     return [[(n, line, n in wrong) for n, line in zip(place, text)] for place, text in zip(places, texts)]
 
 
+def change_and_outcome(entry):
+    """The two halves of "chosen and rejected swapped: answers are wrong". The second one would tell which run is
+    broken, so the page keeps it for the verdict."""
+    change, _, outcome = entry.summary.partition(": ")
+    return change, outcome
+
+
 def changed(entry):
-    html = ["<section><h2><span>1</span> What was changed</h2>", f"<p class=lead>{sentence(entry.summary)}</p>"]
+    lead = sentence(change_and_outcome(entry)[0])
+    html = ["<section><h2><span>1</span> What was changed</h2>", f"<p class=lead>{lead}</p>"]
     for rows in excerpt(entry.script, entry.name):
         code = "".join(
             f'<span class="{"wrong" if wrong else "line"}"><i>{n}</i>{escape(line) or " "}</span>'
@@ -132,14 +144,14 @@ def sentence(text):
 
 def result_of(key):
     """The name in the report of what a figure's panel names as it was logged. PPO and GRPO log an evaluation's results
-    as test_NAME, and the mean reward of each batch as `reward`, which is not the `reward` of their report."""
-    return "batch_reward" if key == "reward" else key.removeprefix("test_")
+    as test_NAME. What they log of each batch, `reward` and `kl`, are not the `reward` and the `kl` of their report."""
+    return f"batch_{key}" if key in ("reward", "kl") else key.removeprefix("test_")
 
 
 def key_of(metrics, metric):
     """The other way round: the name under which a result of the report was logged."""
-    if metric in ("first_reward", "batch_reward"):
-        return "reward"
+    if metric in ("first_reward", "batch_reward", "batch_kl"):
+        return metric.split("_")[1]
     return f"test_{metric}" if any(f"test_{metric}" in m for m in metrics) else metric
 
 
@@ -166,7 +178,8 @@ FRACTION = re.compile(
 
 
 def label(metric):
-    return breaks.label(metric).replace("_", " ")
+    name = breaks.METRICS.get(metric) or breaks.label(f"test_{metric}").removeprefix("test_")
+    return name.replace("_", " ") + " (before training)" * metric.endswith("_sft")
 
 
 def number(value):
@@ -198,15 +211,17 @@ def chart(title, lines, x="step", shares=False, marked=None, fraction=False):
     def place(value, low, high):
         return 100 * (value - low) / ((high - low) or 1)
 
-    paths = ['<path class=grid d="M0 50H100"/>']
+    paths, dots = ['<path class=grid d="M0 50H100"/>'], []
     for style, _, xs, ys, _ in lines:
         ends = (scale(xs[0]), scale(xs[-1])) if shares else (scale(low_x), scale(high_x))
-        spots = (f"{place(scale(a), *ends):.1f} {98 - 0.96 * place(b, low_y, high_y):.1f}" for a, b in zip(xs, ys))
+        spots = [f"{place(scale(a), *ends):.1f} {98 - 0.96 * place(b, low_y, high_y):.1f}" for a, b in zip(xs, ys)]
         paths.append(f'<path class="curve {style}" d="M{"L".join(spots)}"/>')
+        if scale(xs[-1]) < ends[1]:  # of a shorter run: its curve may be too short to be seen
+            dots.append(f'<path class="dot {style}" d="M{spots[-1]}h0"/>')
     if marked:
         at = place(scale(marked[0]), scale(low_x), scale(high_x))
         paths.append(f'<path class=mark d="M{at:.1f} 0V100"/>')
-    keys = " ".join(f'<span class="key {style}"><b>{escape(name)}</b> {number(value)}</span>'
+    keys = " ".join(f'<span class="key {style}">{stroke(style)}<b>{escape(name)}</b> {number(value)}</span>'
                    for style, name, _, _, value in lines)  # fmt: skip
     spoken = f"{title}. " + "; ".join(f"{n}: from {number(y[0])} to {number(y[-1])}" for _, n, _, y, _ in lines)
     first, last = ("start", "end") if shares else (f"{low_x:.4g}", f"{high_x:.4g}")
@@ -214,9 +229,14 @@ def chart(title, lines, x="step", shares=False, marked=None, fraction=False):
     return (
         f"<figure class=chart><figcaption>{escape(title)}</figcaption><div>{keys}</div>"
         f'<div class=plot><svg viewBox="0 0 100 100" preserveAspectRatio=none role=img aria-label="{escape(spoken)}">'
-        f"{''.join(paths)}</svg><span>{high_y:.4g}</span><span>{low_y:.4g}</span></div>"
+        f"{''.join(paths + dots)}</svg><span>{high_y:.4g}</span><span>{low_y:.4g}</span></div>"
         f"<div class=axis><span>{first}</span><span>{escape(name)}</span><span>{last}</span></div></figure>"
     )
+
+
+def stroke(style):
+    """A piece of a curve, so that a name and its curve can be told by more than their color."""
+    return f'<svg viewBox="0 0 30 10" aria-hidden=true><path class="curve {style}" d="M0 5H30"/></svg>'
 
 
 def bars(title, values):
@@ -236,26 +256,40 @@ def bars(title, values):
     return f"<figure class=chart><figcaption>{escape(title)}</figcaption>{''.join(rows)}</figure>"
 
 
-def compared(metric, both, styles, names, shares=False, title=None):
+def compared(metric, both, styles, names, shares=False, title=None, marked=None):
     """One metric of both runs: a chart if both logged it, else bars from the reports. "" if a run has neither."""
     found = [points(run.metrics, key_of(run.metrics, metric)) for run in both]
-    if metric in ("first_reward", "batch_reward") and all(found):  # one curve shows both
-        metric, title = "batch_reward", "reward of the training batches"
+    if metric in OF_BATCHES and all(found):
+        metric, title = OF_BATCHES[metric]
     title = title or label(metric)
     last = [run.report.get(metric) for run in both]
     if all(found):
         x = found[0][0]
         last = [line[2][-1] if value is None else value for line, value in zip(found, last)]
         lines = [(s, n, *line[1:], value) for s, n, line, value in zip(styles, names, found, last)]
-        return chart(title, lines, x, shares and x == "step", fraction=bool(FRACTION.search(metric)))
+        return chart(title, lines, x, shares and x == "step", marked, bool(FRACTION.search(metric)))
     return "" if None in last else bars(title, list(zip(styles, names, last)))
 
 
-def meanings(metrics):
-    """What the names of these metrics mean, as far as the catalogue explains them."""
-    # "end_length" and "test_length" are explained as "length".
-    names = (metric if metric in breaks.MEANINGS else metric.split("_", 1)[-1] for metric in metrics)
-    known = dict.fromkeys(name for name in names if name in breaks.MEANINGS)
+# What training logs of every batch: (where its last value is, the title of its curve). One curve shows the reward of
+# the first batches and of the last ones.
+OF_BATCHES = {
+    "first_reward": ("batch_reward", "reward of the training batches"),
+    "batch_reward": ("batch_reward", "reward of the training batches"),
+    "batch_kl": ("batch_kl", "KL of the training batches (nats)"),
+}
+
+
+def base(metric):
+    """ "end_length" and "test_length" are measured as "length" is, and are explained as "length"."""
+    return metric if metric in breaks.MEANINGS else metric.split("_", 1)[-1]
+
+
+def meanings(metrics, explained=()):
+    """What the names of these metrics mean, in their order, as far as the catalogue explains them. explained: metrics
+    that an earlier section has explained."""
+    names = dict.fromkeys(map(base, metrics))
+    known = [name for name in names if name in breaks.MEANINGS and name not in map(base, explained)]
     rows = "".join(f"<dt>{escape(label(m))}<dd>{escape(breaks.MEANINGS[m])}" for m in known)
     return f"<details><summary>What the names mean</summary><dl>{rows}</dl></details>" if rows else ""
 
@@ -289,75 +323,75 @@ def guess(clean, run, entry):
             shown.add(key)
             charts.append(html)
     buttons = "".join(
-        f'<button type=button data-choice="{letter}"><svg viewBox="0 0 30 10" aria-hidden=true><path class="curve '
-        f'{letter}" d="M0 5H30"/></svg>{letter.upper()} is broken</button>'
+        f'<button type=button data-choice="{letter}">{stroke(letter)}{letter.upper()} is broken</button>'
         for letter in "ab"
     )
     same = all(clean.report.get(metric) == run.report.get(metric) for metric in on_dashboard(entry))
     lengths = {name: length for name, length in zip(order, longest)}
-    more = f" The clean run has {lengths['clean']} steps, the broken run {lengths['broken']}." if shares else ""
-    more += " All numbers are the same: nobody can tell them apart here." * same
-    more += f" {entry.clue}" * bool(entry.clue) + " Section 3 shows what training does not measure."
-    return f"""<section id=guess data-broken="{"ab"[order.index("broken")]}">
+    side = order.index("broken")
+    answer = f"{'AB'[side]} is the broken run, {'BA'[side]} the clean one."
+    answer += f" The clean run has {lengths['clean']} steps, the broken run {lengths['broken']}." if shares else ""
+    answer += " All numbers are the same: nobody can tell them apart here." * same
+    answer += f" {entry.clue}" * bool(entry.clue) + " Section 3 shows what training does not measure."
+    last = "ten" if entry.script in ("ppo", "grpo") else "fifth of the"
+    return f"""<section id=guess data-broken="{"ab"[side]}">
 <h2><span>2</span> Which one is broken?</h2>
-<p>This is what you see while both runs train. One of them has the mistake above. Look, then choose below. A number
-over a curve is the run's result: of what is logged at every step, a mean over the last steps.</p>
+<p>This is what you see while both runs train. One of them has the mistake above. Look, then choose below: the rest of
+the page depends on it. The number beside A or B is the result of that run: a mean over the last {last} steps for what
+is logged at every step, and the last evaluation for what is evaluated now and then.</p>
 {joined(charts)}{meanings(on_dashboard(entry))}
-<div class=vote role=group aria-label="Which run is broken?">{buttons}<button type=button data-choice="">I cannot tell
-</button></div>
-<p id=answer role=status hidden data-more="{escape(more)}"></p></section>"""
+<div class=vote role=group aria-label="Which run is broken?" hidden>{buttons}<button type=button data-choice="">Just
+tell me</button></div>
+<p id=answer role=status>{escape(answer)}</p></section>"""
 
 
 def external(clean, run, entry):
-    """The panels of the catalogue that are not the dashboard, then every other external metric that has a curve."""
-    both, styles, charts, shown = [clean, run], ("clean", "broken"), [], set(on_dashboard(entry))
+    """The panels of the catalogue, then what the claims are about, then every other external metric that has a curve.
+    Nothing that is on the dashboard: section 2 shows it."""
+    both, styles, charts, shown, seen = [clean, run], ("clean", "broken"), [], [], set(on_dashboard(entry))
     peak = run.report.get("peak_step")
     for panel in entry.panels:
-        if panel.title.startswith("dashboard"):
+        metrics = [m for m in panel.metrics if result_of(m) not in seen]
+        if panel.title.startswith("dashboard") or not metrics:
             continue
+        shown += map(result_of, metrics)
         title = panel.title.removeprefix("external: ")
-        marked = (peak, f"peak, step {peak}") if panel.right and panel.x == "step" and peak is not None else None
-        if panel.runs == "broken":
-            if panel.x in ("step", "n"):
-                charts += alone(run, panel, title, marked)
+        if panel.runs == "broken" and panel.x == "n":
+            charts.append(selections(clean, run, metrics, title))
             continue
-        for metric in panel.metrics:
-            shown.add(result_of(metric))
-            name = label(result_of(metric)) if len(panel.metrics) > 1 or panel.bars else title
+        marked = (peak, f"peak of the broken run, step {peak}") if panel.right and peak is not None else None
+        own_title = len(panel.metrics) == 1 and panel.runs == "both" and not panel.bars
+        for metric in metrics:
             if panel.x in ("step", "n") or panel.bars:
-                charts.append(compared(result_of(metric), both, styles, styles, title=name))
+                name = title if own_title else None
+                charts.append(compared(result_of(metric), both, styles, styles, title=name, marked=marked))
             else:
                 found = [points(r.metrics, metric, panel.x) for r in both]
                 if all(found):
                     lines = [(s, s, *line[1:], line[2][-1]) for s, line in zip(styles, found)]
                     charts.append(chart(title, lines, panel.x, fraction=bool(FRACTION.search(metric))))
-    # What the claims are about, then every other curve; but nothing that is the same in both runs.
     claimed = [m for claim in (*entry.claims, *entry.task_claims) for m in claim.metrics if m in entry.external]
     curves = [m for m in entry.external if points(run.metrics, key_of(run.metrics, m))]
+    # Nothing that is the same in both runs, and no single time of what the dashboard shows, such as end_reward.
     rest = [
-        compared(metric, both, styles, styles)
-        for metric in dict.fromkeys([*claimed, *curves])
-        if metric not in shown and clean.report.get(metric) != run.report.get(metric)
-    ]
+        metric for metric in dict.fromkeys([*claimed, *curves])
+        if not seen.union(shown).intersection((metric, base(metric)))
+        and clean.report.get(metric) != run.report.get(metric)
+    ]  # fmt: skip
+    small = [compared(metric, both, styles, styles) for metric in rest]
     return f"""<section><h2><span>3</span> External evaluation</h2>
-<p>Training does not measure this. It is measured on problems and pairs that are not trained on, with true answers and
-labels. Here the two runs have their names.</p>
-{joined(charts, large=True)}{joined(rest)}{meanings([*shown, *entry.external])}
+<p>Training shows none of these numbers. They are measured on problems and pairs that are not trained on, with true
+answers and labels. Here the two runs have their names.</p>
+{joined(charts, large=True)}{joined(small)}{meanings([*shown, *rest, *entry.external], on_dashboard(entry))}
 <details><summary>All numbers</summary>{table(clean, run, entry)}</details></section>"""
 
 
-def alone(run, panel, title, marked):
-    """A panel that shows the broken run only. Two axes in one figure are hard to read, so they become two charts."""
-    found = {m: points(run.metrics, m, panel.x) for m in (*panel.metrics, *[panel.right] * bool(panel.right))}
-    found = {m: p for m, p in found.items() if p}
-    if not panel.right and len(found) > 1:
-        lines = [(f"s{i}", label(result_of(m)), *p[1:], p[2][-1]) for i, (m, p) in enumerate(found.items())]
-        return [chart(title, lines, panel.x, fraction=True)]
-    return [
-        chart(label(result_of(m)) if panel.right else title, [("broken", "broken", *p[1:], p[2][-1])], panel.x,
-              marked=marked, fraction=bool(FRACTION.search(m)))
-        for m, p in found.items()
-    ]  # fmt: skip
+def selections(clean, run, metrics, title):
+    """Several ways to select one of N answers, in one chart. Both runs may have sampled the same answers."""
+    found = {m: p for m in metrics if (p := points(run.metrics, m, "n"))}
+    same = all(points(clean.metrics, m, "n") == p for m, p in found.items())
+    lines = [(f"s{i}", label(m), *p[1:], p[2][-1]) for i, (m, p) in enumerate(found.items())]
+    return lines and chart(f"{title}, {'the same in both runs' if same else 'broken run'}", lines, "n", fraction=True)
 
 
 def table(clean, run, entry):
@@ -373,8 +407,8 @@ def table(clean, run, entry):
 # 4. Read the outputs
 
 
-# How the scripts write what they know of an output (gpt.shown, reward_model.py, reasoning.py).
-MARKED = re.compile(r" \((correct|wrong)\)(?: ((?:verifier )?score [+-]?\d+\.\d+))?$")
+# How the scripts write what they know of an output (gpt.shown, reward_model.py, ppo.py, grpo.py, reasoning.py).
+MARKED = re.compile(r" \((correct|wrong)\)(?: ((?:verifier )?score [+-]?\d+\.\d+(?:, \d+ tokens)?))?$")
 # The numbers shown with a checkpoint, as far as they were logged there.
 NUMBERS = ("accuracy_sampled", "test_accuracy", "held_out_accuracy", "verifier_accuracy", "test_reward", "test_kl",
            "kl", "test_length", "length", "test_ended", "ended", "calls")  # fmt: skip
@@ -398,35 +432,72 @@ def outputs(both, characters):
     if not all(samples):
         return None
     peak = both[-1].report.get("peak_step")
-    numbers = sorted({step for some in samples for step in some if not isinstance(step, str)})
+    own = [[step for step in some if not isinstance(step, str)] for some in samples]
+    numbers = sorted(set().union(*own))
     keep = set(numbers[:: math.ceil(len(numbers) / CHECKPOINTS) or 1]) | {*numbers[-1:], peak}
     stops = [(step, f"step {step}" + " (peak)" * (step == peak)) for step in numbers if step in keep]
+    if len(both) > 1 and min(map(len, own)) < 2:
+        # A run that trains nothing, such as the clean run's model with another tool: only the two ends compare.
+        stops = [(step, "end") for step in numbers[-1:]]
+    steps = [step for step, _ in stops]
     stops += [(name, name) for name in dict.fromkeys(name_of(s) for s in samples[-1] if isinstance(s, str))]
+    jumps = {"start": 0} if len(steps) > 1 else {}
+    jumps |= {"peak": steps.index(peak)} if peak in steps else {}
+    jumps |= {"end": len(steps) - 1} if steps else {}
+    jumps |= {name: place for place, (step, name) in enumerate(stops) if isinstance(step, str)}
     prompts, used, shown = {}, [{} for _ in both], []
     at = [
         [used[i].setdefault(step_at(some, stop), len(used[i])) for i, some in enumerate(samples)] for stop, _ in stops
     ]
-    for run, some, steps in zip(both, samples, used):
+    for run, some, numbered, chosen in zip(both, samples, own, used):
         checkpoints = []
-        for step in steps:
+        for step in chosen:
             rows = []
             for prompt, output in some[step]:
                 text, correct, score = split_mark(output.encode("utf-8", "replace").decode())  # no half characters
                 if len(text) > characters:
                     more = len(text) - characters
                     text = text[:characters] + f" [... {more} more characters: see samples.jsonl]"
-                rows.append([prompts.setdefault(prompt[:characters], len(prompts)), text, correct, score])
+                rows.append([prompts.setdefault(prompt, len(prompts)), text, correct, score])
             name = name_of(step) if isinstance(step, str) else f"step {step}"
+            name += " (this run trains nothing)" * (len(both) > 1 and numbered == [0] == [step])
             checkpoints.append({"step": name, "numbers": numbers_at(run, step), "rows": rows})
         shown.append({"name": "broken" if run.label != "clean" else "clean", "checkpoints": checkpoints})
-    steps = [stop for stop, _ in stops if not isinstance(stop, str)]
-    jumps = {"start": 0, "peak": steps.index(peak) if peak in steps else 0, "end": max(0, len(steps) - 1)}
-    if peak not in steps:
-        del jumps["peak"]
+    gold = known_answers(samples)
     return {
-        "stops": [label for _, label in stops], "at": at, "runs": shown, "jumps": jumps, "prompts": list(prompts),
+        "stops": [label for _, label in stops], "at": at, "runs": shown, "jumps": jumps,
+        "prompts": [prompt[:characters] for prompt in prompts],
+        "answers": [gold.get(prompt) or worked_out(prompt) for prompt in prompts],
         "words": WORDS, "single": len(both) == 1,
     }  # fmt: skip
+
+
+def known_answers(samples):
+    """{prompt: the correct answer}, from the outputs that are marked as correct."""
+    found = {}
+    for step, pairs in ((step, pairs) for some in samples for step, pairs in some.items()):
+        for prompt, output in pairs:
+            text, correct, _ = split_mark(output)
+            # What was selected among many answers is shown with other numbers behind it.
+            if correct and not isinstance(step, str) and (answer := checker.last_answer(text)) is not None:
+                found[prompt] = str(answer)
+    return found
+
+
+def worked_out(prompt):
+    """The answer to a problem of the embedded task, from its text; None if it is none."""
+    first, *middle = re.split(r"(?<=\.) ", prompt)[:-1] or [""]
+    start, events = re.fullmatch(r"\w+ has (\d{1,2}) \w+\.", first), []
+    forms = [(kind, form.format(a=r"\w+", b=r"\w+", items=r"\w+", k=r"(\d)")) for kind, some in task.EVENTS.items()
+             for form in some]  # fmt: skip
+    for sentence in middle:
+        found = [(kind, match) for kind, form in forms if (match := re.fullmatch(form, sentence))]
+        if not found:
+            return None
+        kind, match = found[0]
+        events.append((kind, int(match[1]) if match.groups() else 0))
+    worked = task.work(int(start[1]), task.read_events(events)) if start and events else None
+    return str(worked[-1][-1]) if worked else None
 
 
 def name_of(step):
@@ -455,17 +526,27 @@ def numbers_at(run, step):
     return [(SHORT.get(n, n), number(found[k])) for n, k in zip(names, some)]
 
 
-def reader(place, has_outputs, both):
+def reader(place, both):
     head = f"<section id=outputs><h2><span>{place}</span> Read the outputs</h2>"
-    if not has_outputs:
+    samples = [run.outputs for run in both]
+    if not all(samples):
         return f"{head}<p>This run stored no outputs.</p></section>"
+    texts = [output for some in samples for pairs in some.values() for _, output in pairs]
+    words = "The same problems at every checkpoint" + ": left the clean run, right the broken one" * (len(both) > 1)
+    words += ". Outputs are sampled: each token is drawn at random from the model's own probabilities."
+    if any(isinstance(step, str) and name_of(step) == "attacked" for step in samples[-1]):
+        words += " Under attack they are greedy: each token is the likeliest one."
+    words += " The answer stands after <code>####</code>." * any("####" in text for text in texts)
+    if any(split_mark(text)[2] for text in texts):
+        words += " The score is what the reward model or the verifier gives: a wrong answer can have a high one."
     return f"""{head}
-<p>The same problems at every checkpoint{": left the clean run, right the broken one" if both else ""}. Move the slider.
-Words that say nothing about correctness are <mark>marked</mark>.</p>
+<p>{words} Words that say nothing about correctness are <mark>marked</mark>.</p>
+<noscript><p>The slider needs JavaScript. The file samples.md beside this page has the same outputs.</p></noscript>
+<div id=reader hidden>
 <div class=slider><label for=stop>Checkpoint: <output id=now for=stop></output></label>
 <input type=range id=stop min=0 step=1><div id=jumps role=group aria-label="Go to"></div></div>
 <div id=summary class=pair></div>
-<div id=rows></div></section>"""
+<div id=rows></div></div></section>"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -476,26 +557,60 @@ def verdict(run, entry):
     claims = run.report.get("claims", {})
     rows = []
     for claim, holds in claims.items():
-        measured = r"\((clean minus broken|clean|broken) (-?\d+\.\d+)\)"
-        text = re.sub(measured, r'<b class="\1">\1 \2</b>', escape(claim))
+        # What is measured before the training is of neither run.
+        text = re.sub(r"(SFT model|start(?:, half B)?) \((?:clean|broken) (-?\d+\.\d+)\)",
+                      r"\1 (before training <b>\2</b>)", escape(claim))  # fmt: skip
+        text = re.sub(r"\((clean minus broken|clean|broken) (-?\d+\.\d+)\)", r'<b class="\1">\1 \2</b>', text)
         rows.append(f'<li class="{"holds" if holds else "fails"}"><b>{"holds" if holds else "fails"}</b> {text}</li>')
     failed = sum(not holds for holds in claims.values())
-    result = f"Reproduced: all {len(claims)} claims hold." if not failed else (
-        f"Not reproduced: {failed} of {len(claims)} claims {'does' if failed == 1 else 'do'} not hold.")  # fmt: skip
-    command, _, note = entry.cure.partition("   ")
-    if "peak_step" in run.report:
-        command = command.replace("--max_steps N", f"--max_steps {run.report['peak_step']}")
+    result = f"Reproduced: the failure appeared as described, all {len(claims)} claims hold." if not failed else (
+        f"Not reproduced: the failure did not appear as described, {failed} of {len(claims)} claims "
+        f"{'does' if failed == 1 else 'do'} not hold.")  # fmt: skip
+    outcome = change_and_outcome(entry)[1]
+    command, note = cure(run, entry)
     copy = ""
-    if command.startswith("python "):
+    if command:
         copy = f"<p class=copy><code id=cure>{escape(command)}</code><button type=button id=copy>Copy</button></p>"
-    else:
-        note = entry.cure
     return f"""<section><h2><span>5</span> Verdict</h2>
 <p class=lead>{result}</p>
-<p>A claim compares measured numbers with a threshold that was fixed before this run.</p>
+<p>{f"The description: {escape(outcome)}. " * bool(outcome)}A claim compares measured numbers with a threshold that was
+fixed before this run.</p>
 <ul class=claims>{"".join(rows)}</ul>
 <h3>Why it happens</h3><p>{sentence(entry.mechanism)} <span class=note>Source: {escape(entry.source)}.</span></p>
-<h3>The cure to try</h3>{copy}<p>{sentence(note.strip(" ()")) if note else ""}</p></section>"""
+<h3>The cure to try</h3>{copy}<p>{sentence(note) if note else ""}</p></section>"""
+
+
+def cure(run, entry):
+    """(the command of the cure for this run, what the catalogue says about it). Not every cure is a command."""
+    command, _, note = entry.cure.partition("   ")
+    if not command.startswith("python "):
+        return "", entry.cure
+    config = run.report["config"]
+    known = {"N": run.report.get("peak_step"), "FILE": config.get("data") or "pairs"}
+    # A policy that was trained for this run: distribution_shift's.
+    policies = (Path(path).parents[1] for path in run.report.get("models", {}) if "grpo-" in path)
+    known["runs/grpo-..."] = next(policies, None)
+    words = [str(word if known.get(word) is None else known[word]) for word in command.split()]
+    note = re.sub(r"\bN\b", str(known["N"]), note) if known["N"] is not None else note
+    if words[1] == f"{entry.script}.py":
+        words += own_flags(config, entry, words)
+    elif config.get("seed"):
+        words += ["--seed", str(config["seed"])]
+    return shlex.join(words), note.strip(" ()")
+
+
+def own_flags(config, entry, given):
+    """The flags of a run that are neither at their default nor the break's own, except those that are given."""
+    parser = importlib.import_module(entry.script).parser()
+    if config.get("data"):
+        parser.set_defaults(**getattr(parser, "with_data", {}))
+    usual = vars(parser.parse_args([*entry.flags])) | {"seed": 0, "dtype": "float32"}
+    flags = []
+    for name, default in usual.items():
+        value = config.get(name, default)
+        if value not in (default, None) and f"--{name}" not in given:
+            flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------
@@ -525,9 +640,11 @@ def break_page(clean, run, entry):
         head(entry.name, line),
         changed(entry),
         guess(clean, run, entry),
+        "<div id=after>",  # hidden until the reader has chosen
         external(clean, run, entry),
-        reader(4, clean.outputs and run.outputs, True),
+        reader(4, [clean, run]),
         verdict(run, entry),
+        "</div>",
     ]
 
 
@@ -549,7 +666,7 @@ def run_page(run):
     return [
         head(run.folder.name, f"<code>{script}.py</code>: {question(script)}</p><p>{facts(run)}"),
         f"<section><h2><span>1</span> Curves</h2>{joined(charts)}</section>",
-        reader(2, run.outputs, False),
+        reader(2, [run]),
         f"<section><h2><span>3</span> Numbers</h2><table><tbody>{rows}</tbody></table>"
         f"<details><summary>Flags</summary><table><tbody>{given}</tbody></table></details></section>",
     ]
@@ -575,7 +692,8 @@ def index(folder):
             name += f"<br><span class=note>{escape(label(main))} {number(report[main])}</span>"
         rows.append(f"<tr><th scope=row>{name}<td>{state if report else 'unfinished'}</tr>")
     return (
-        f"<header><h1>Runs</h1><p>{len(rows)} runs, by name. A break has two runs; its page compares them.</p></header>"
+        f"<header><h1>Runs</h1><p>{len(rows)} runs, by name. A break has two runs; its page compares them. Reproduced: "
+        "the failure appeared as described, all claims of its verdict hold.</p></header>"
         f"<section><table><thead><tr><th scope=col>run<th scope=col>result</tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table></section>"
     )

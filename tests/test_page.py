@@ -1,9 +1,12 @@
 """Tests of data/page.py: the excerpt of every mistake, what a page contains, hostile outputs; and the page in a real
 browser, with real runs of three breaks at the smallest size."""
 
+import importlib
 import json
 import re
+import shlex
 import shutil
+from html import escape
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +27,17 @@ def test_the_meanings_are_of_known_metrics():
         assert metric in METRICS or f"end_{metric}" in METRICS or f"test_{metric}" in METRICS, metric
     html = page.meanings(["start_length", "test_length", "end_opening", "policy_pairs"])
     assert html.count("<dt>") == 2 and breaks.MEANINGS["length"] in html and not page.meanings(["policy_pairs"])
+    assert page.meanings(["end_length"], explained=["length"]) == ""
+    # Each stands alone: the entry above it is another one on every page.
+    assert not any(text.startswith("the same") for text in breaks.MEANINGS.values())
+
+
+def test_names_of_logged_metrics_and_of_results():
+    """The KL that training logs is not the KL of the evaluation: with a shared reference it is 0."""
+    entry = breaks.entry("grpo", "shared_ref")
+    metrics = [{"step": 0, "reward": 1.0, "kl": 0.0}, {"step": 0, "test_kl": 3.0}]
+    assert page.on_dashboard(entry)[:2] == ["batch_kl", "first_reward"]
+    assert page.key_of(metrics, "batch_kl") == "kl" and page.key_of(metrics, "kl") == "test_kl"
 
 
 # --- the excerpt of the mistake ---
@@ -138,7 +152,8 @@ class MadeUp:
             "seconds": 3,
             "config": config,
         }
-        self.report |= {"claims": {"a (broken 0.100) < b (clean 0.600) - 0.1": True}, "reproduced": True}
+        claims = ["a (broken 0.100) < b (clean 0.600) - 0.1", "c (broken 0.1) < c, SFT model (broken 0.398) - 0.1"]
+        self.report |= {"claims": dict.fromkeys(claims, True), "reproduced": True}
         logged = {name for b in breaks.BREAKS for panel in b.panels for name in (*panel.metrics, panel.right) if name}
         self.metrics = [
             {"step": s, "test_sqrt_kl": s / 7} | {name: shift + s / 100 for name in {*logged, *METRICS}}
@@ -188,14 +203,58 @@ def test_page_of_a_break(entry, tmp_path):
     # Every metric of the dashboard is there, as a curve or as two bars, without the names of the runs.
     keys = {page.key_of(run.metrics, m) for m in page.on_dashboard(entry)}
     assert sections[1].count("<figure") == len(keys)
-    assert "clean" not in sections[1].replace("clean run has", "") and ">A</b>" in sections[1]
+    before, answer = sections[1].split("<p id=answer")
+    assert "clean" not in before and ">A</b>" in before and " is the broken run, " in answer
+    # What comes of the change would tell which run it is: it stands behind the choice.
+    outcome = page.change_and_outcome(entry)[1]
+    assert outcome and escape(outcome) not in "".join(sections[:2]).lower() and escape(outcome) in sections[4]
+    assert text.index("<div id=after>") < text.index("<section><h2><span>3") and text.count("<div id=after>") == 1
+    # Section 3 shows both runs, and nothing that section 2 has shown, neither at the end nor at another time.
     assert sections[2].count("<figure") >= 1 and ">broken</b>" in sections[2]
-    assert data["jumps"] == {"start": 0, "peak": 5, "end": 10} and data["stops"][5] == "step 50 (peak)"
+    titles = re.findall("<figcaption>(.*?)</figcaption>", sections[2])
+    assert len(set(titles)) == len(titles)
+    known = {escape(page.label(m)) for m in page.on_dashboard(entry)}
+    assert not known.intersection(title.removesuffix(", end") for title in titles)
+    figures = re.findall("<figure.*?</figure>", sections[2], re.DOTALL)
+    for figure in figures:
+        assert ("key clean" in figure and "key broken" in figure) or "the same in both" in figure or "s0" in figure
+        assert "key s0" not in figure or not {"clean", "broken"}.intersection(re.findall(r'"key (\w+)"', figure))
+    assert data["jumps"] == {"start": 0, "peak": 5, "end": 10, "attacked": 11} and data["stops"][5] == "step 50 (peak)"
     assert data["stops"][-1] == "attacked" and data["at"] == [[i, i] for i in range(12)]
     first = data["runs"][1]["checkpoints"][10]
     assert first["rows"][0] == [0, "Sure! 1+1=100. I am certain.\n#### 100", True, ""]
-    assert '<b class="broken">broken 0.100</b>' in sections[4] and "all 1 claims hold" in sections[4]
-    assert "N (" not in sections[4].split("id=cure>")[-1].split("<")[0]
+    assert '<b class="broken">broken 0.100</b>' in sections[4] and "all 2 claims hold" in sections[4]
+    assert "c, SFT model (before training <b>0.398</b>)" in sections[4]
+
+
+# The suggested command for a run with the flags OWN.
+OWN = "--data 'my data.jsonl' --problems 70 --seed 3"
+CURES = {
+    ("dpo", "flip_labels"): "python -m data 'my data.jsonl' --seed 3",
+    ("grpo", "reward_hacking"): f"python grpo.py --beta 0.1 --max_steps 50 {OWN}",
+    ("sft", "eos_masked"): f"python sft.py {OWN}",
+    ("reward_model", "distribution_shift"): f"python reward_model.py --policy runs/grpo-rm=x {OWN}",
+    ("tools", "tool_overuse"): f"python tools.py --rl 60 --lr 0.0003 --beta 0 {OWN}",
+    ("tools", "faulty_tool"): "",
+}
+
+
+@pytest.mark.parametrize(("script", "name"), CURES)
+def test_the_cure_has_the_flags_of_the_run(tmp_path, script, name):
+    """Those that are at their default, or that the break itself gives to both runs, are left out."""
+    entry, run = breaks.entry(script, name), MadeUp(tmp_path / "broken", "broken")
+    run.report["models"] = {"runs/sft/model/x": "", "runs/grpo-rm=x/model/x": ""}
+
+    def cure(*argv):
+        parser = importlib.import_module(script).parser()
+        run.report["config"] = vars(runs.parse(script, parser, [*argv, "--break", name], breaks.of(script)))
+        return page.cure(run, entry)
+
+    command, note = cure(*shlex.split(OWN))
+    assert command == CURES[script, name]
+    assert name != "reward_hacking" or note == "50 is the step of the peak; or the default beta"
+    assert not re.search("seed|problems", cure()[0])
+    assert name != "flip_labels" or cure()[0] == "python -m data pairs"
 
 
 def test_the_dashboard_of_sign_flip_does_not_show_the_true_reward():
@@ -217,7 +276,7 @@ def test_the_order_of_the_two_runs_depends_on_the_name(tmp_path):
         (side,) = re.findall(r'data-broken="(\w)"', text)
         assert text == page.guess(clean, run, entry)
         sides.add(side)
-        assert f'<span class="key {side}"><b>{side.upper()}</b> 0.600</span>' in text
+        assert f'<span class="key {side}">{page.stroke(side)}<b>{side.upper()}</b> 0.600</span>' in text
     assert sides == {"a", "b"}
 
 
@@ -284,11 +343,37 @@ def test_a_thousand_checkpoints(tmp_path):
         ("5 [cut off] (wrong)", ("5 [cut off]", False, "")),
         ("#### 12 (wrong) score -1.25", ("#### 12", False, "score -1.25")),
         ("#### 12 (correct) verifier score +0.5", ("#### 12", True, "verifier score +0.5")),
+        ("#### 12 (wrong) score 1.70, 31 tokens", ("#### 12", False, "score 1.70, 31 tokens")),
         ("I am (correct) or not", ("I am (correct) or not", None, "")),
     ],
 )
 def test_split_mark(output, expected):
     assert page.split_mark(output) == expected
+
+
+def test_the_correct_answer_is_read_from_a_problem_or_from_a_correct_output():
+    for problem in task.problems(300, 7, "test"):
+        assert page.worked_out(problem.text) == str(problem.answer)
+    for text in ("", "Leo?", "Leo has 3 eggs.", "Leo has 3 eggs. Leo eats 2. How many eggs does Leo have?"):
+        assert page.worked_out(text) is None
+    samples = [{0: [["a", "#### 1 (wrong)"], ["b", "#### 1,072 (correct) score 1.70, 31 tokens"]],
+                "0, selected": [["a", "#### 7\ntaken: 8 (correct)"]]}]  # fmt: skip
+    assert page.known_answers(samples) == {"b": "1072"}
+
+
+def test_a_run_that_trains_nothing_is_compared_with_the_end_of_the_other_one(tmp_path):
+    """Both ways round: its checkpoint is neither the other run's start nor a step between."""
+    clean, run = pair(tmp_path)
+    lines = (run.folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (run.folder / "samples.jsonl").write_text(lines[0] + lines[-1])
+    data = page.outputs([clean, run], 1000)
+    assert data["stops"] == ["end", "attacked"] and data["jumps"] == {"end": 0, "attacked": 1}
+    shown = [[r["checkpoints"][i]["step"] for r, i in zip(data["runs"], stop)] for stop in data["at"]]
+    assert shown == [["step 100", "step 0 (this run trains nothing)"], ["attacked", "attacked"]]
+    (run.folder / "samples.jsonl").write_text(lines[0])
+    data = page.outputs([run, clean], 1000)
+    shown = [[r["checkpoints"][i]["step"] for r, i in zip(data["runs"], stop)] for stop in data["at"]]
+    assert shown[0] == ["step 0 (this run trains nothing)", "step 100"]
 
 
 # --- in a browser, pages of real runs ---
@@ -365,20 +450,45 @@ def test_every_run_has_a_page(made, script, name):
 def test_choose_by_a_click(made, browser, script, name):
     folder = made(script, name).folder
     broken = re.search(r'data-broken="(\w)"', (folder.path / "page.html").read_text())[1]
-    for choice, answer in ((broken, "Right. "), ("ba"["ab".index(broken)], "No. "), ("", "")):
+    looks, style = {}, "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    dashes = "return [...document.querySelectorAll('#guess .curve')].map(c => getComputedStyle(c).strokeDasharray)"
+    for choice, answer in ((broken, "✓ Right. "), ("ba"["ab".index(broken)], "✗ No. "), ("", "")):
         browser.open(folder.path / "page.html")
-        assert not browser.one("#answer").is_displayed()
+        assert not browser.one("#answer").is_displayed() and not browser.one("#after").is_displayed()
+        assert "broken" not in browser.one("main").text.split("Which one is broken?")[1].replace(" is broken", "")
+        drawn = browser.driver.execute_script(dashes)
         names = [b.text for b in browser.all("#guess .key b")]
         assert set(names) == {"A", "B"} and not browser.all("#guess.told")
         browser.one(f'[data-choice="{choice}"]').click()
         said = browser.one("#answer")
         assert said.is_displayed() and said.text.startswith(f"{answer}{broken.upper()} is the broken run, ")
-        assert {b.text for b in browser.all(f"#guess .key.{broken} b")} == {"broken"}
-        assert {b.text for b in browser.all("#guess .key b")} == {"broken", "clean"}
+        assert browser.one("#after").is_displayed()
+        names = {f"{letter.upper()}, {'broken' if letter == broken else 'clean'}" for letter in "ab"}
+        assert {b.text for b in browser.all("#guess .key b")} == names
+        # A curve keeps its line style, also in section 3; the boxes of the answers differ in more than their color.
+        assert browser.driver.execute_script(dashes) == drawn
+        for letter, name in ((broken, "broken"), ("ba"["ab".index(broken)], "clean")):
+            pieces = (f"#guess .curve.{letter}", f"#after .curve.{name}")
+            found = [browser.driver.execute_script(style, p, "strokeDasharray") for p in pieces if browser.all(p)]
+            assert len(set(found)) == 1
+        looks[answer] = browser.driver.execute_script(style, "#answer", "borderTopStyle")
+        looks[answer] += browser.driver.execute_script(style, "#answer", "borderTopWidth")
+    assert len(set(looks.values())) == 3
     # The numbers under the name "broken" are those of the broken run.
     metric = {"dpo": "loss", "grpo": "reward", "reasoning": "score"}[script]
     texts = [f.text for f in browser.all("#guess figure") if breaks.label(metric) in f.text]
     assert any(f"broken {folder.report[metric]:.3f}" in text for text in texts), texts
+
+
+def test_without_javascript_everything_is_shown(made, browser):
+    browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.open(made("dpo", "flip_labels").folder.path / "page.html")
+        assert browser.one("#answer").is_displayed() and browser.one("#after").is_displayed()
+        assert not browser.one(".vote").is_displayed() and not browser.one("#reader").is_displayed()
+        assert "samples.md" in browser.one("noscript").text and "A claim compares" in browser.one("#after").text
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
 def outputs_shown(browser):
@@ -394,10 +504,16 @@ def visible(output):
 def test_the_slider_changes_the_outputs(made, browser, script, name):
     made = made(script, name)
     browser.open(made.folder.path / "page.html")
+    browser.one('[data-choice=""]').click()
     keys = pytest.importorskip("selenium.webdriver").Keys
     slider = browser.one("#stop")
     slider.send_keys(keys.HOME)
-    assert browser.one("#now").text.startswith("step 0")
+    # The broken run of overoptimize_verifier trains nothing: it is compared with the end of the clean run only.
+    trains = name != "overoptimize_verifier"
+    assert browser.one("#now").text.removesuffix(" (peak)") == ("step 0" if trains else "end")
+    steps = [report["step"] for report in map(json.loads, open(made.folders[0].path / "samples.jsonl"))]
+    last = max(step for step in steps if isinstance(step, int))
+    assert trains or browser.one("#summary h3").text == f"clean, step {last}"
     seen = set()
     samples = [[json.loads(line) for line in open(f.path / "samples.jsonl")] for f in made.folders]
     stops = int(slider.get_attribute("max")) + 1
@@ -405,17 +521,22 @@ def test_the_slider_changes_the_outputs(made, browser, script, name):
         shown = outputs_shown(browser)
         assert slider.get_attribute("aria-valuetext") == browser.one("#now").text
         for side, lines in enumerate(samples):
-            said = browser.all("#summary h3")[side].text.split(", ", 1)[1].removeprefix("step ")
+            said = browser.all("#summary h3")[side].text.split(", ", 1)[1].removeprefix("step ").split(" (this")[0]
             (line,) = [line for line in lines if page.name_of(str(line["step"])) == said]
             assert [" ".join(row[side].split()) for row in shown] == [visible(text) for _, text in line["samples"]]
         seen.add(browser.one("#rows").text)
         slider.send_keys(keys.ARROW_RIGHT)
     assert len(seen) >= 2
     jumps = [b.text for b in browser.all("#jumps button")]
-    assert jumps == (["start", "peak", "end"] if name == "reward_hacking" else ["start", "end"])
+    peak = ["peak"] * (name == "reward_hacking")
+    assert jumps == (["start", *peak, "end"] if trains else ["end", "selected among 4"])
+    if name == "reward_hacking":  # its outputs have a reward and a length
+        assert re.search(r"(correct|wrong) score -?\d+\.\d\d, \d+ tokens", browser.one("#rows .badge").text)
     for jump in jumps:
         browser.one(f'#jumps [data-to="{jump}"]').send_keys(keys.ENTER)
         assert browser.one(f'#jumps [data-to="{jump}"]').get_attribute("aria-pressed") == "true"
+        if jump.startswith("selected"):
+            assert browser.one("#now").text == jump
         if jump == "peak":
             assert browser.one("#now").text == f"step {made.folder.report['peak_step']} (peak)"
 
@@ -423,6 +544,7 @@ def test_the_slider_changes_the_outputs(made, browser, script, name):
 def test_hostile_text_is_shown_as_text(browser, tmp_path):
     clean, run = pair(tmp_path, output=HOSTILE)
     browser.open(page.write(run, clean, breaks.entry("dpo", "flip_labels")))
+    browser.one('[data-choice="a"]').click()
     assert browser.driver.title == "broken" and not browser.all("img")
     browser.one('#jumps [data-to="end"]').click()
     assert HOSTILE[:100].replace("2", "100") in browser.one("#rows pre").text
@@ -448,9 +570,12 @@ def test_width_and_theme(browser, tmp_path, width, theme):
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     try:
         browser.open(page.write(run, clean, breaks.entry("grpo", "reward_hacking")))
-        assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
-        worst = browser.driver.execute_script(CONTRAST)
-        assert worst[0] >= 4.5, worst
+        for choice in ("", "a", "b"):  # before the choice, and after each
+            if choice:
+                browser.one(f'[data-choice="{choice}"]').click()
+            assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
+            worst = browser.driver.execute_script(CONTRAST)
+            assert worst[0] >= 4.5, worst
     finally:
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
