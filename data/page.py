@@ -478,8 +478,9 @@ def known_answers(samples):
     for step, pairs in ((step, pairs) for some in samples for step, pairs in some.items()):
         for prompt, output in pairs:
             text, correct, _ = split_mark(output)
-            # What was selected among many answers is shown with other numbers behind it.
-            if correct and not isinstance(step, str) and (answer := checker.last_answer(text)) is not None:
+            # What is "selected among 256" is shown with other numbers behind it.
+            selected = name_of(str(step)).startswith("selected")
+            if correct and not selected and (answer := checker.last_answer(text)) is not None:
                 found[prompt] = str(answer)
     return found
 

@@ -357,8 +357,9 @@ def test_the_correct_answer_is_read_from_a_problem_or_from_a_correct_output():
     for text in ("", "Leo?", "Leo has 3 eggs.", "Leo has 3 eggs. Leo eats 2. How many eggs does Leo have?"):
         assert page.worked_out(text) is None
     samples = [{0: [["a", "#### 1 (wrong)"], ["b", "#### 1,072 (correct) score 1.70, 31 tokens"]],
-                "0, selected": [["a", "#### 7\ntaken: 8 (correct)"]]}]  # fmt: skip
-    assert page.known_answers(samples) == {"b": "1072"}
+                "0, selected": [["a", "#### 7\ntaken: 8 (correct)"]],
+                "0, attacked": [["c", "#### 5 (correct)"]]}]  # fmt: skip
+    assert page.known_answers(samples) == {"b": "1072", "c": "5"}
 
 
 def test_a_run_that_trains_nothing_is_compared_with_the_end_of_the_other_one(tmp_path):
