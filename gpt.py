@@ -674,12 +674,15 @@ def solve(model, tok, problems, temperature, generator, max_new_tokens=48, batch
     return answers
 
 
-def shown(problems, answers, checked=True):
-    """(prompt, output) pairs for Run.samples: the first eight answers, and whether they are correct (if checked)."""
-    marks = [f" ({'correct' if a.correct else 'wrong'})" if checked else "" for a in answers]
-    return [
-        (p.text, a.text + ("" if a.ended else " [cut off]") + mark) for p, a, mark in zip(problems[:8], answers, marks)
-    ]
+def shown(problems, answers, checked=True, scores=None):
+    """(prompt, output) pairs for Run.samples: the first eight answers, whether they are correct (if checked), and their
+    scores: a wrong answer may have a high one. The page of a run (data/page.py) reads what is written here."""
+    found = []
+    for i, (p, a) in enumerate(zip(problems[:8], answers)):
+        mark = (" (correct)" if a.correct else f" (wrong, {p.answer} is correct)") if checked else ""
+        score = "" if scores is None else f" score {scores[i]:.2f}, {len(a.ids)} tokens"
+        found.append((p.text, a.text + ("" if a.ended else " [cut off]") + mark + score))
+    return found
 
 
 def examine(model, tok, problems, seed, step, max_new_tokens=48):
@@ -700,13 +703,13 @@ def examine(model, tok, problems, seed, step, max_new_tokens=48):
 @torch.no_grad()
 def evaluate_policy(policy, ref, reward, tok, problems, seed, step, max_new_tokens, styles=task.STYLES):
     """A policy on held-out problems, the same at every step: what its sampled answers are like (data/task.py), their
-    mean reward, and the KL to the reference. All names begin with test_. Returns (results, answers)."""
+    mean reward, and the KL to the reference. All names begin with test_. Returns (results, outputs to show)."""
     answers = solve(policy, tok, problems, 1.0, rng(seed, "evaluation", step), max_new_tokens)
     kl = mean_kl(policy, ref, [tok.prompt(p.text) for p in problems], [a.ids for a in answers])
     rewards = reward(problems, answers)  # (number of answers,)
     results = task.describe(answers, styles) | task.correlations(answers, rewards, styles)
     results |= {"reward": rewards.mean().item(), "kl": kl, "sqrt_kl": max(kl, 0) ** 0.5}
-    return {f"test_{name}": value for name, value in results.items()}, answers
+    return {f"test_{name}": value for name, value in results.items()}, shown(problems, answers, scores=rewards)
 
 
 def check_room(model, tok, problems, max_new_tokens):

@@ -189,13 +189,10 @@ def train(args):
     for step in run.steps(max_steps, agent, optimizer, 25, ("reward", "accuracy", "kl", "length")):
         every = 10 if step < 50 else 25 if step < 300 else 100  # at first, changes are fast
         if step % every == 0 or step == max_steps:
-            results, answers = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest,
+            results, outputs = gpt.evaluate_policy(policy, ref, reward, tok, held_out, args.seed, step, longest,
                                                    material.styles)  # fmt: skip
             run.say(step, **results)
-            # The reward of each output that is shown: a wrong answer may have a high one.
-            pairs, scores = gpt.shown(held_out, answers), reward(held_out[:8], answers[:8])
-            run.samples(step, [(prompt, f"{text} score {score:.2f}, {len(a.ids)} tokens")
-                               for (prompt, text), score, a in zip(pairs, scores, answers)])  # fmt: skip
+            run.samples(step, outputs)
         if step == max_steps:
             break
         # ---- rollouts: some answers to each of the prompts, B in all

@@ -330,8 +330,7 @@ def train(args):
             found["verifier_sums"] = accepted_right[false_sums].sum().item() / max(1, int(false_sums.sum()))
             found["verifier_pairs"] = pairs_ranked(scores, [[a.correct for a in group] for group in checked])
             run.say(step, **found)
-            samples = gpt.shown(checks, [group[0] for group in checked])
-            run.samples(step, [(p, f"{text} verifier score {s[0]:+.1f}") for (p, text), s in zip(samples, scores)])
+            run.samples(step, gpt.shown(checks, [group[0] for group in checked], scores=[some[0] for some in scores]))
         if step == steps:
             break
         # ---- one update: all solutions of a few problems, so that correct and wrong ones are side by side

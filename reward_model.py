@@ -245,8 +245,7 @@ def train(args):
             if given:
                 with torch.no_grad():
                     scores = gpt.final_scores(scorer, prompts, given)  # (number of answers,)
-                samples = gpt.shown(problems, answers, material.checked)
-                run.samples(step, [(p, f"{text} score {s:.2f}") for (p, text), s in zip(samples, scores)], show=2)
+                run.samples(step, gpt.shown(problems, answers, material.checked, scores), show=2)
         if step == steps:
             break
         gpt.set_lr(optimizer, lr, step, steps)

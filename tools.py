@@ -294,7 +294,8 @@ def train(args):
             own = padded(owns, args.device)  # (b, n)
             learned, tokens = own, own_tokens
             if args.break_ == "hallucinated_result":
-                learned, tokens = exists, all_tokens  # "it is all text": the loss is on every token, whoever wrote it
+                learned = exists  # "it is all text": the loss is on every token, whoever wrote it
+                tokens = all_tokens
             loss = masked_nll(logps, learned)
             share = learned.sum() / tokens  # a mean over these tokens is weighted by their part of the batch's
             (share * loss).backward()

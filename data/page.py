@@ -23,7 +23,7 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import breaks, checker, runs, task
+from data import breaks, runs, task
 
 HERE = Path(__file__).resolve().parent
 POINTS = 60  # of a curve: more cannot be told apart at the width of a phone
@@ -407,8 +407,8 @@ def table(clean, run, entry):
 # 4. Read the outputs
 
 
-# How the scripts write what they know of an output (gpt.shown, reward_model.py, ppo.py, grpo.py, reasoning.py).
-MARKED = re.compile(r" \((correct|wrong)\)(?: ((?:verifier )?score [+-]?\d+\.\d+(?:, \d+ tokens)?))?$")
+# What gpt.shown writes behind an output that is checked.
+MARKED = re.compile(r" \((correct|wrong)(?:, (.*?) is correct)?\)(?: (score -?\d+\.\d+, \d+ tokens))?$")
 # The numbers shown with a checkpoint, as far as they were logged there.
 NUMBERS = ("accuracy_sampled", "test_accuracy", "held_out_accuracy", "verifier_accuracy", "test_reward", "test_kl",
            "kl", "test_length", "length", "test_ended", "ended", "calls")  # fmt: skip
@@ -417,10 +417,11 @@ SHORT = {"kl": "KL", "accuracy_sampled": "accuracy", "held_out_accuracy": "accur
 
 
 def split_mark(output):
-    """An output as a script wrote it -> (the model's text, correct or None, score or "")."""
+    """An output as gpt.shown wrote it -> (the model's text, correct or None, score or "", the correct answer if the
+    output is wrong)."""
     if found := MARKED.search(output):
-        return output[: found.start()], found[1] == "correct", found[2] or ""
-    return output, None, ""
+        return output[: found.start()], found[1] == "correct", found[3] or "", found[2]
+    return output, None, "", None
 
 
 def outputs(both, characters):
@@ -445,7 +446,7 @@ def outputs(both, characters):
     jumps |= {"peak": steps.index(peak)} if peak in steps else {}
     jumps |= {"end": len(steps) - 1} if steps else {}
     jumps |= {name: place for place, (step, name) in enumerate(stops) if isinstance(step, str)}
-    prompts, used, shown = {}, [{} for _ in both], []
+    prompts, gold, used, shown = {}, {}, [{} for _ in both], []
     at = [
         [used[i].setdefault(step_at(some, stop), len(used[i])) for i, some in enumerate(samples)] for stop, _ in stops
     ]
@@ -454,7 +455,9 @@ def outputs(both, characters):
         for step in chosen:
             rows = []
             for prompt, output in some[step]:
-                text, correct, score = split_mark(output.encode("utf-8", "replace").decode())  # no half characters
+                # No half characters.
+                text, correct, score, answer = split_mark(output.encode("utf-8", "replace").decode())
+                gold[prompt] = answer or gold.get(prompt)
                 if len(text) > characters:
                     more = len(text) - characters
                     text = text[:characters] + f" [... {more} more characters: see samples.jsonl]"
@@ -463,42 +466,12 @@ def outputs(both, characters):
             name += " (this run trains nothing)" * (len(both) > 1 and numbered == [0] == [step])
             checkpoints.append({"step": name, "numbers": numbers_at(run, step), "rows": rows})
         shown.append({"name": "broken" if run.label != "clean" else "clean", "checkpoints": checkpoints})
-    gold = known_answers(samples)
     return {
         "stops": [label for _, label in stops], "at": at, "runs": shown, "jumps": jumps,
         "prompts": [prompt[:characters] for prompt in prompts],
-        "answers": [gold.get(prompt) or worked_out(prompt) for prompt in prompts],
+        "answers": [gold[prompt] for prompt in prompts],
         "words": WORDS, "single": len(both) == 1,
     }  # fmt: skip
-
-
-def known_answers(samples):
-    """{prompt: the correct answer}, from the outputs that are marked as correct."""
-    found = {}
-    for step, pairs in ((step, pairs) for some in samples for step, pairs in some.items()):
-        for prompt, output in pairs:
-            text, correct, _ = split_mark(output)
-            # What is "selected among 256" is shown with other numbers behind it.
-            selected = name_of(str(step)).startswith("selected")
-            if correct and not selected and (answer := checker.last_answer(text)) is not None:
-                found[prompt] = str(answer)
-    return found
-
-
-def worked_out(prompt):
-    """The answer to a problem of the embedded task, from its text; None if it is none."""
-    first, *middle = re.split(r"(?<=\.) ", prompt)[:-1] or [""]
-    start, events = re.fullmatch(r"\w+ has (\d{1,2}) \w+\.", first), []
-    forms = [(kind, form.format(a=r"\w+", b=r"\w+", items=r"\w+", k=r"(\d)")) for kind, some in task.EVENTS.items()
-             for form in some]  # fmt: skip
-    for sentence in middle:
-        found = [(kind, match) for kind, form in forms if (match := re.fullmatch(form, sentence))]
-        if not found:
-            return None
-        kind, match = found[0]
-        events.append((kind, int(match[1]) if match.groups() else 0))
-    worked = task.work(int(start[1]), task.read_events(events)) if start and events else None
-    return str(worked[-1][-1]) if worked else None
 
 
 def name_of(step):

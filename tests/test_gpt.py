@@ -350,6 +350,9 @@ def test_examine_by_hand(tok, monkeypatch):
     assert [prompt for prompt, _ in shown] == [p.text for p in problems]
     assert ["(correct)" in text for _, text in shown] == [True, True, False, False]
     assert ["cut off" in text for _, text in shown] == [True, False, False, False]
+    assert shown[2][1] == f"#### {problems[2].answer + 1} (wrong, {problems[2].answer} is correct)"
+    scored = gpt.shown(problems, answers, scores=torch.tensor([0.5, -1, 2, 0.123]))
+    assert scored[3][1] == f"{shown[3][1]} score 0.12, {len(answers[3].ids)} tokens"
 
 
 # --- log-probabilities and scores of given answers ---

@@ -339,27 +339,16 @@ def test_a_thousand_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        ("7+5=12.\n#### 12 (correct)", ("7+5=12.\n#### 12", True, "")),
-        ("5 [cut off] (wrong)", ("5 [cut off]", False, "")),
-        ("#### 12 (wrong) score -1.25", ("#### 12", False, "score -1.25")),
-        ("#### 12 (correct) verifier score +0.5", ("#### 12", True, "verifier score +0.5")),
-        ("#### 12 (wrong) score 1.70, 31 tokens", ("#### 12", False, "score 1.70, 31 tokens")),
-        ("I am (correct) or not", ("I am (correct) or not", None, "")),
+        ("7+5=12.\n#### 12 (correct)", ("7+5=12.\n#### 12", True, "", None)),
+        ("5 [cut off] (wrong, 12 is correct)", ("5 [cut off]", False, "", "12")),
+        ("#### 12 (wrong, -1.5 is correct) score -1.25, 7 tokens", ("#### 12", False, "score -1.25, 7 tokens", "-1.5")),
+        ("#### 12 (correct) score 1.70, 31 tokens", ("#### 12", True, "score 1.70, 31 tokens", None)),
+        ("taken: 12 (wrong)", ("taken: 12", False, "", None)),
+        ("I am (correct) or not", ("I am (correct) or not", None, "", None)),
     ],
 )
 def test_split_mark(output, expected):
     assert page.split_mark(output) == expected
-
-
-def test_the_correct_answer_is_read_from_a_problem_or_from_a_correct_output():
-    for problem in task.problems(300, 7, "test"):
-        assert page.worked_out(problem.text) == str(problem.answer)
-    for text in ("", "Leo?", "Leo has 3 eggs.", "Leo has 3 eggs. Leo eats 2. How many eggs does Leo have?"):
-        assert page.worked_out(text) is None
-    samples = [{0: [["a", "#### 1 (wrong)"], ["b", "#### 1,072 (correct) score 1.70, 31 tokens"]],
-                "0, selected": [["a", "#### 7\ntaken: 8 (correct)"]],
-                "0, attacked": [["c", "#### 5 (correct)"]]}]  # fmt: skip
-    assert page.known_answers(samples) == {"b": "1072", "c": "5"}
 
 
 def test_a_run_that_trains_nothing_is_compared_with_the_end_of_the_other_one(tmp_path):

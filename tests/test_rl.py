@@ -607,13 +607,13 @@ def test_evaluate_policy(tok, monkeypatch):
     def evaluate(ref, step):
         return gpt.evaluate_policy(policy, ref, reward_model.my_reward, tok, problems, 7, step, 40)
 
-    results, answers = evaluate(policy, 0)
-    assert results["test_kl"] == results["test_sqrt_kl"] == 0 and evaluate(policy, 0)[0] == results
-    assert [a.ids for a in answers] != [a.ids for a in evaluate(policy, 25)[1]]
-    assert max(len(a.ids) for a in answers) <= 40
+    results, outputs = evaluate(policy, 0)
+    assert results["test_kl"] == results["test_sqrt_kl"] == 0 and evaluate(policy, 0) == (results, outputs)
+    assert outputs != evaluate(policy, 25)[1]
+    assert max(int(text.split()[-2]) for _, text in outputs) <= 40  # tokens
     problems, answers = written(tok)
     monkeypatch.setattr(gpt, "solve", lambda *args: answers)
-    results, returned = evaluate(ref, 25)
+    results, outputs = evaluate(ref, 25)
     kl = gpt.mean_kl(policy, ref, [tok.prompt(p.text) for p in problems], [a.ids for a in answers])
     rewards = reward_model.my_reward(problems, answers)
     expected = task.describe(answers) | task.correlations(answers, rewards) | {"kl": kl, "sqrt_kl": max(kl, 0) ** 0.5}
@@ -621,7 +621,7 @@ def test_evaluate_policy(tok, monkeypatch):
     # Its reward is correctness, and a little shortness.
     assert expected["corr_correct"] > 0.9 and expected["corr_length"] < 0.5
     assert results == pytest.approx({f"test_{name}": value for name, value in expected.items()})
-    assert returned is answers and abs(kl) > 0.1
+    assert outputs == gpt.shown(problems, answers, scores=rewards) and abs(kl) > 0.1
 
 
 # --- equality with TRL: RewardTrainer ---

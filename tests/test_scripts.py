@@ -230,7 +230,7 @@ def test_reasoning(make):
     assert report["draft"] == report["greedy"]
     assert report["revised"] == pytest.approx(report["draft"] + report["repaired"] - report["spoiled"])
     samples = made.folder.samples
-    assert samples.count(" verifier score ") == 3 * 2 and samples.count("highest score (") == 5
+    assert samples.count(" tokens") == 3 * 2 and samples.count("highest score (") == 5
 
 
 def test_the_verifier_learns_at_every_token_or_at_the_end(make):
