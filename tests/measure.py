@@ -234,7 +234,9 @@ def mean(values):
 
 
 def spread(values, digits=3):
-    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """'0.405 (0.360 to 0.450)': mean, lowest and highest; of one value that value."""
+    lowest_to_highest = f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{mean(values):.{digits}f}" + lowest_to_highest * (len(values) > 1)
 
 
 def line(*cells):
@@ -403,7 +405,8 @@ def write_tables():
         lines += [f"`python tests/measure.py {' '.join([script, name, *flags])} --seeds {seeds}`", ""]
         lines += details(results, metrics)
         commits = set(map(made_by, results))
-        lines += ["", f"Mean (lowest to highest) of {len(results)} seeds. Commit {', '.join(sorted(commits))}; "
+        of = f"Mean (lowest to highest) of {len(results)} seeds" if len(results) > 1 else "One seed"
+        lines += ["", f"{of}. Commit {', '.join(sorted(commits))}; "
                   f"{'; '.join(sorted({r['machine'] for r in results}))}; "
                   f"{spread([r['seconds'] for r in results], 0)} seconds per seed, "
                   f"{max(report['peak_gb'] for r in results for report in r['reports'].values()):.1f} GB."]  # fmt: skip
