@@ -320,7 +320,7 @@ def beside_published(found):
 def details(results, metrics=None):
     """Lines: a row per metric and a column per run, over the seeds; then the curves of reasoning.py, if there are."""
     labels = list(results[0]["reports"])
-    rows = metrics or [key for key in results[0]["reports"]["clean"] if key not in ("seconds", "peak_gb")]
+    rows = metrics or [key for key in results[0]["reports"]["clean"] if key in breaks.METRICS]
     lines = [line("", *(results[0]["break"] if label == "broken" else label for label in labels))]
     lines.append("|---" * (1 + len(labels)) + "|")
     for key in dict.fromkeys(rows):
