@@ -433,11 +433,11 @@ def parser():
     add("--samples", type=int, default=8, help="solutions of the model to each of them")
     add("--batch", type=int, default=4, help="problems per update, with all their solutions")
     add("--micro_batch", type=int, help="solutions per forward pass: less memory, the same gradient (default: all\n"
-        "of the batch)")
+        "of the batch; with --data 8)")
     add("--lr", type=float, help="step size of the verifier (default 1e-3; from width 512 on 1e-5)")
     add("--eval_every", type=int, default=250, help="steps between evaluations of the verifier")
     add("--max_tokens", type=int, default=48, help="longer answers are cut off (with --data 256)")
-    p.with_data = {"n": 8, "problems": 50, "train_problems": 100, "max_tokens": lessons.REAL_SOLUTION}
+    p.with_data = {"n": 8, "problems": 50, "train_problems": 100, "micro_batch": 8, "max_tokens": lessons.REAL_SOLUTION}
     return p
 # fmt: on
 
