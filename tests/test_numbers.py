@@ -21,6 +21,9 @@ SMOLLM2 = "load=120-problems=200-dtype=bfloat16-6f409923"  # after SFT on the bu
 DPO_SMOLLM2 = f"dpo-flip_labels-{SMOLLM2}-batch=8-problems=200-dtype=bfloat16"
 TOOLS_SMOLLM2 = "tools-hallucinated_result-load=smollm2-steps=120-max_tokens=96-problems=200-dtype=bfloat16"
 VERIFIER_SMOLLM2 = f"reasoning-{SMOLLM2}-n=64-problems=50-train_problems=240-lr=5e-05-dtype=bfloat16"
+SFT_GSM8K = "sft-load=smollm2-data=gsm8k-train_jsonl-batch=8-steps=150-dtype=bfloat16"
+PPO_GSM8K, GRPO_GSM8K = (f"{script}-load=atch=8-steps=150-dtype=bfloat16-2e826780-data=gsm8k-train_jsonl-dtype=bfloat16"
+                         for script in ("ppo", "grpo"))  # fmt: skip
 VALUE_FUNCTION = [
     f"ppo-max_steps=100{flags}-seed={seed}" for flags in ("", "-value_coefficient=0_0") for seed in (211, 212)
 ]
@@ -50,6 +53,8 @@ STATED = {  # file: the values of all results in it, percentages as fractions
     "data/results/README.md": lambda: [
         *of(DPO_OPINIONS, "loss", "margin", "held_out_accuracy", "ref_accuracy", "peak_gb"),
         *of(DPO_SMOLLM2, "ref_accuracy"),
+        *of(SFT_GSM8K, "peak_gb"), *of(PPO_GSM8K, "peak_gb", "start_ended", "end_ended", "end_kl"), *of(GRPO_GSM8K, "peak_gb"),
+        *of(VERIFIER_SMOLLM2, "verifier_accuracy", "verifier_pairs", "one", "best_of_n", "vote", "oracle"),
     ],
     "ppo.py": lambda: [
         value for name in VALUE_FUNCTION for value in of(name, "end_reward", "end_kl", "end_accuracy", label="clean")
