@@ -53,7 +53,8 @@ STATED = {  # file: the values of all results in it, percentages as fractions
     "data/results/README.md": lambda: [
         *of(DPO_OPINIONS, "loss", "margin", "held_out_accuracy", "ref_accuracy", "peak_gb"),
         *of(DPO_SMOLLM2, "ref_accuracy"),
-        *of(SFT_GSM8K, "peak_gb"), *of(PPO_GSM8K, "peak_gb", "start_ended", "end_ended", "end_kl"), *of(GRPO_GSM8K, "peak_gb"),
+        *of(SFT_GSM8K, "peak_gb"), *of(GRPO_GSM8K, "peak_gb"),
+        *of(PPO_GSM8K, "peak_gb", "start_ended", "end_ended", "end_kl"),
         *of(VERIFIER_SMOLLM2, "verifier_accuracy", "verifier_pairs", "one", "best_of_n", "vote", "oracle"),
     ],
     "ppo.py": lambda: [
