@@ -24,6 +24,9 @@ VERIFIER_SMOLLM2 = f"reasoning-{SMOLLM2}-n=64-problems=50-train_problems=240-lr=
 SFT_GSM8K = "sft-load=smollm2-data=gsm8k-train_jsonl-batch=8-steps=150-dtype=bfloat16"
 PPO_GSM8K, GRPO_GSM8K = (f"{script}-load=atch=8-steps=150-dtype=bfloat16-2e826780-data=gsm8k-train_jsonl-dtype=bfloat16"
                          for script in ("ppo", "grpo"))  # fmt: skip
+TOOLS_GSM8K = [
+    f"tools-load=smollm2-data=gsm8k-train_jsonl-{plain}steps=100-dtype=bfloat16" for plain in ("", "plain=True-")
+]
 VALUE_FUNCTION = [
     f"ppo-max_steps=100{flags}-seed={seed}" for flags in ("", "-value_coefficient=0_0") for seed in (211, 212)
 ]
@@ -49,11 +52,13 @@ STATED = {  # file: the values of all results in it, percentages as fractions
         *of(DPO_SMOLLM2, "held_out_accuracy", "accuracy_sampled", label="broken"),
         *of(EOS_SMOLLM2, "ended"), *of(TOOLS_SMOLLM2, "loss_own", "accuracy_sampled"),
         *of(VERIFIER_SMOLLM2, "verifier_pairs", "one", "best_of_n", "vote"),
+        *(value for name in TOOLS_GSM8K for value in of(name, "accuracy_greedy")),
     ],
     "data/results/README.md": lambda: [
         *of(DPO_OPINIONS, "loss", "margin", "held_out_accuracy", "ref_accuracy", "peak_gb"),
         *of(DPO_SMOLLM2, "ref_accuracy"),
-        *of(SFT_GSM8K, "peak_gb"), *of(GRPO_GSM8K, "peak_gb"),
+        *of(SFT_GSM8K, "peak_gb"), *of(GRPO_GSM8K, "peak_gb"), *of(TOOLS_GSM8K[0], "valid"),
+        *(value for name in TOOLS_GSM8K for value in of(name, "accuracy_greedy")),
         *of(PPO_GSM8K, "peak_gb", "start_ended", "end_ended", "end_kl"),
         *of(VERIFIER_SMOLLM2, "verifier_accuracy", "verifier_pairs", "one", "best_of_n", "vote", "oracle"),
     ],
