@@ -285,7 +285,8 @@ def train(args):
             break
         gpt.set_lr(optimizer, lr, step, steps)
         rows = [examples[i] for i in runs.batch_indices(len(examples), args.batch, step, args.seed)]
-        own_tokens, all_tokens = (sum(map(count, (own for *_, own in rows))) for count in (sum, len))  # of the batch
+        own_tokens = sum(sum(own) for *_, own in rows)  # of the whole batch
+        all_tokens = sum(len(own) for *_, own in rows)
         optimizer.zero_grad()
         log = {}
         for some in parts.micro_batches(rows, args.micro_batch):  # b of the B solutions; by default all of them
