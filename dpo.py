@@ -250,6 +250,15 @@ def labelled(args, pairs):
     return pairs
 
 
+def to_read(pairs):
+    """(prompt, both answers with their labels) of the first four pairs: what this run is told is better."""
+    found = []
+    for p in pairs[:4]:
+        other = f" (of: {p['rejected_prompt']})" if "rejected_prompt" in p else ""
+        found.append((p["prompt"], f"chosen:\n{p['chosen']}\n\nrejected{other}:\n{p['rejected']}"))
+    return found
+
+
 def evaluate(policy, ref, tok, material, held_out, held_out_ref, batch, seed, step):
     """Accuracy on held-out pairs with true labels and, if there are problems, accuracy and KL of the answers to them.
     Returns (results, samples to show)."""
@@ -297,6 +306,8 @@ def train(args):
         if step % args.eval_every == 0 or step == steps:
             results, samples = evaluate(policy, ref, tok, material, held_out, held_out_ref, batch,
                                         args.seed, step)  # fmt: skip
+            if step == 0:
+                run.samples("0, training pairs", to_read(pairs))
             if samples:
                 run.samples(step, samples)
             run.say(step, **results)

@@ -510,6 +510,8 @@ def reader(place, both):
     words += ". Outputs are sampled: each token is drawn at random from the model's own probabilities."
     if any(isinstance(step, str) and name_of(step) == "attacked" for step in samples[-1]):
         words += " Under attack they are greedy: each token is the likeliest one."
+    if any(isinstance(step, str) and name_of(step) == "training pairs" for step in samples[-1]):
+        words += " The training pairs are shown with the labels that the run got."
     words += " The answer stands after <code>####</code>." * any("####" in text for text in texts)
     if any(split_mark(text)[2] for text in texts):
         words += " The score is what the reward model or the verifier gives: a wrong answer can have a high one."

@@ -519,7 +519,8 @@ def test_the_slider_changes_the_outputs(made, browser, script, name):
     assert len(seen) >= 2
     jumps = [b.text for b in browser.all("#jumps button")]
     peak = ["peak"] * (name == "reward_hacking")
-    assert jumps == (["start", *peak, "end"] if trains else ["end", "selected among 4"])
+    named = ["training pairs"] * (script == "dpo")
+    assert jumps == (["start", *peak, "end", *named] if trains else ["end", "selected among 4"])
     if name == "reward_hacking":  # its outputs have a reward and a length
         assert re.search(r"(correct|wrong) score -?\d+\.\d\d, \d+ tokens", browser.one("#rows .badge").text)
     for jump in jumps:
