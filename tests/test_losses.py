@@ -351,6 +351,13 @@ def test_judgements_are_split_by_prompt_and_both_sides_have_both_labels():
                 assert "prompt" in str(error)
 
 
+def test_training_pairs_are_shown_as_they_are_labelled():
+    pair = {"prompt": "a?", "chosen": "yes", "rejected": "no"}
+    assert dpo.to_read([pair] * 9) == [("a?", "chosen:\nyes\n\nrejected:\nno")] * 4
+    assert dpo.to_read([dpo.swap(pair)]) == [("a?", "chosen:\nno\n\nrejected:\nyes")]
+    assert dpo.to_read([pair | {"rejected_prompt": "b?"}]) == [("a?", "chosen:\nyes\n\nrejected (of: b?):\nno")]
+
+
 def test_judgements_of_the_rarer_kind_are_repeated():
     rows = [judged(f"good {i}", True, f"yes {i}") for i in range(3)] + [
         judged(f"bad {i}", False, f"no {i}") for i in range(8)
