@@ -27,6 +27,8 @@ PPO_GSM8K, GRPO_GSM8K = (f"{script}-load=atch=8-steps=150-dtype=bfloat16-2e82678
 TOOLS_GSM8K = [
     f"tools-load=smollm2-data=gsm8k-train_jsonl-{plain}steps=100-dtype=bfloat16" for plain in ("", "plain=True-")
 ]
+VERIFIER_GSM8K = ("reasoning-load=atch=8-steps=150-dtype=bfloat16-2e826780-data=gsm8k-train_jsonl-problems=16-"
+                  "train_problems=16-dtype=bfloat16")  # fmt: skip
 VALUE_FUNCTION = [
     f"ppo-max_steps=100{flags}-seed={seed}" for flags in ("", "-value_coefficient=0_0") for seed in (211, 212)
 ]
@@ -58,6 +60,7 @@ STATED = {  # file: the values of all results in it, percentages as fractions
         *of(DPO_OPINIONS, "loss", "margin", "held_out_accuracy", "ref_accuracy", "peak_gb"),
         *of(DPO_SMOLLM2, "ref_accuracy"),
         *of(SFT_GSM8K, "peak_gb"), *of(GRPO_GSM8K, "peak_gb"), *of(TOOLS_GSM8K[0], "valid"),
+        *of(VERIFIER_GSM8K, "peak_gb"),
         *(value for name in TOOLS_GSM8K for value in of(name, "accuracy_greedy")),
         *of(PPO_GSM8K, "peak_gb", "start_ended", "end_ended", "end_kl"),
         *of(VERIFIER_SMOLLM2, "verifier_accuracy", "verifier_pairs", "one", "best_of_n", "vote", "oracle"),
