@@ -281,7 +281,7 @@ OF_BATCHES = {
 
 
 def base(metric):
-    """ "end_length" and "test_length" are measured as "length" is, and are explained as "length"."""
+    """The name that the catalogue explains: of "end_length" and of "test_length" it is "length"."""
     return metric if metric in breaks.MEANINGS else metric.split("_", 1)[-1]
 
 
@@ -408,7 +408,7 @@ def table(clean, run, entry):
 
 
 # What gpt.shown writes behind an output that is checked.
-MARKED = re.compile(r" \((correct|wrong)(?:, (.*?) is correct)?\)(?: (score -?\d+\.\d+, \d+ tokens))?$")
+MARKED = re.compile(r" \((correct|wrong)(?:, ([^()]*) is correct)?\)(?: (score -?\d+\.\d+, \d+ tokens))?$")
 # The numbers shown with a checkpoint, as far as they were logged there.
 NUMBERS = ("accuracy_sampled", "test_accuracy", "held_out_accuracy", "verifier_accuracy", "test_reward", "test_kl",
            "kl", "test_length", "length", "test_ended", "ended", "calls")  # fmt: skip
@@ -508,9 +508,10 @@ def reader(place, both):
     texts = [output for some in samples for pairs in some.values() for _, output in pairs]
     words = "The same problems at every checkpoint" + ": left the clean run, right the broken one" * (len(both) > 1)
     words += ". Outputs are sampled: each token is drawn at random from the model's own probabilities."
-    if any(isinstance(step, str) and name_of(step) == "attacked" for step in samples[-1]):
+    names = {name_of(step) for step in samples[-1] if isinstance(step, str)}
+    if "attacked" in names:
         words += " Under attack they are greedy: each token is the likeliest one."
-    if any(isinstance(step, str) and name_of(step) == "training pairs" for step in samples[-1]):
+    if "training pairs" in names:
         words += " The training pairs are shown with the labels that the run got."
     words += " The answer stands after <code>####</code>." * any("####" in text for text in texts)
     if any(split_mark(text)[2] for text in texts):
@@ -577,10 +578,10 @@ def cure(run, entry):
 
 def own_flags(config, entry, given):
     """The flags of a run that are neither at their default nor the break's own, except those that are given."""
+    argv = ["--break", entry.name, *(["--data", config["data"]] if config.get("data") else [])]
     parser = importlib.import_module(entry.script).parser()
-    if config.get("data"):
-        parser.set_defaults(**getattr(parser, "with_data", {}))
-    usual = vars(parser.parse_args([*entry.flags])) | {"seed": 0, "dtype": "float32"}
+    usual = vars(runs.parse(entry.script, parser, argv, breaks.of(entry.script))) | {"data": None}
+    del usual["suffix"]  # no flag
     flags = []
     for name, default in usual.items():
         value = config.get(name, default)

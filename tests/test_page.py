@@ -344,6 +344,7 @@ def test_a_thousand_checkpoints(tmp_path):
         ("#### 12 (wrong, -1.5 is correct) score -1.25, 7 tokens", ("#### 12", False, "score -1.25, 7 tokens", "-1.5")),
         ("#### 12 (correct) score 1.70, 31 tokens", ("#### 12", True, "score 1.70, 31 tokens", None)),
         ("taken: 12 (wrong)", ("taken: 12", False, "", None)),
+        ("a (wrong, b) c (wrong, 12 is correct)", ("a (wrong, b) c", False, "", "12")),
         ("I am (correct) or not", ("I am (correct) or not", None, "", None)),
     ],
 )
