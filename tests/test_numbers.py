@@ -45,6 +45,12 @@ def frontier(reward, beta):
     return [float(row[-1].split()[0]) for row in rows if row[:2] == [reward, beta]]
 
 
+def ratios(name, *rows):
+    """How many times as many steps as TRL a table of benchmark_trl.py gives, medians."""
+    table = {row[0]: row for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]}
+    return [float(table[row][3].split()[0]) for row in rows]
+
+
 STATED = {  # file: the values of all results in it, percentages as fractions
     "README.md": lambda: [
         *frontier("learned", "1"), *frontier("learned", "0"), *frontier("checker", "1"), *frontier("checker", "0"),
@@ -61,6 +67,7 @@ STATED = {  # file: the values of all results in it, percentages as fractions
         *(value for name in TOOLS_GSM8K for value in of(name, "accuracy_greedy")),
         *of(PPO_GSM8K, "peak_gb", "start_ended", "end_ended", "end_kl"),
         *of(VERIFIER_SMOLLM2, "verifier_accuracy", "verifier_pairs", "one", "best_of_n", "vote", "oracle"),
+        *ratios("speed_trl_smollm2", "dpo", "grpo", "reward_model", "sft"), 1.5,  # and what was aimed at
     ],
     "ppo.py": lambda: [
         value for name in VALUE_FUNCTION for value in of(name, "end_reward", "end_kl", "end_accuracy", label="clean")
