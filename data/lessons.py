@@ -73,6 +73,12 @@ def fingerprint(tok):
     return hashlib.sha256(repr([tok.encode(text) for text in texts]).encode()).hexdigest()[:16]
 
 
+def encoder(tok):
+    """tok.encode for the functions that clean rows. Of a dialogue, as many ids as its turns add to an empty prompt."""
+    empty = len(tok.prompt(""))
+    return lambda text: tok.prompt(text)[empty:] if isinstance(text, public.Dialogue) else tok.encode(text)
+
+
 def pair_room(tok, context):
     """The limit for clean_pairs, which allows four tokens for the chat template: a published one can be longer."""
     template = len(tok.prompt("")) + len(tok.answer(""))
@@ -82,8 +88,8 @@ def pair_room(tok, context):
 def clean(rows, tok, room):
     """The pairs or judgements among the rows that fit `room` tokens, and the counts of the others."""
     if public.is_judged(rows):
-        return public.clean_demonstrations(rows, tok.encode, room - public.TEMPLATE_TOKENS, judged=True)
-    return public.clean_pairs(rows, tok.encode, room)
+        return public.clean_demonstrations(rows, encoder(tok), room - public.TEMPLATE_TOKENS, judged=True)
+    return public.clean_pairs(rows, encoder(tok), room)
 
 
 def good_and_bad(judged):
@@ -145,7 +151,7 @@ def demonstrations(args, tok, room, n):
         held_out = held_out_prompts(args, tok, room, rows)
         free = [row for row in rows if row["prompt"] not in held_out]
         template = len(tok.prompt("")) + len(tok.answer(""))  # tokens
-        kept, counts = public.clean_demonstrations(free, tok.encode, room - template)
+        kept, counts = public.clean_demonstrations(free, encoder(tok), room - template)
         public.say_counts(args.data, counts | {"held out": len(rows) - len(free)}, room, "rows")
         if not kept:
             raise SystemExit(f"{args.data} holds no demonstration that fits the context of {room} tokens")
@@ -270,7 +276,7 @@ def gold_problems(args, tok, context, longest):
     for side in split_problems(args, rows):
         # As demonstrations whose text is the gold number: with the question, it must fit beside an answer.
         asked = [row | {"chosen": row["answer"], "solution": row["chosen"]} for row in side]
-        kept, found = public.clean_demonstrations(asked, tok.encode, room)
+        kept, found = public.clean_demonstrations(asked, encoder(tok), room)
         counts.update(found)
         sides.append([Problem(r["prompt"], last_answer(f"#### {r['answer']}"), r["solution"]) for r in kept])
     public.say_counts(args.data, counts, room, "problems")
@@ -312,7 +318,7 @@ def transcripts(args, tok, context):
     calculator.annotations(args.data, [row["chosen"] or "" for row in rows])
     rows = [row | {"chosen": row["chosen"] and transcript(row["chosen"], not args.plain)} for row in rows]
     template = len(tok.prompt("")) + len(tok.answer(""))  # tokens
-    kept, counts = public.clean_demonstrations(rows, tok.encode, context - template)
+    kept, counts = public.clean_demonstrations(rows, encoder(tok), context - template)
     public.say_counts(args.data, counts, context, "solutions")
     if not kept:
         raise SystemExit(f"{args.data} holds no worked solution that fits the context of {context} tokens")

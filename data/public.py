@@ -68,6 +68,19 @@ CHARACTERS_PER_TOKEN, MARGIN = 20, 1000
 # does not have its layout; load_rows adds the file and the line to the message.
 
 
+class Dialogue(str):
+    """A prompt of several turns as one string, and .turns, its [(role, content)]: a model with a chat template is asked
+    in turns (see vocabularies.Template), any other one with the string."""
+
+    def __new__(cls, text, turns):
+        self = super().__new__(cls, text)
+        self.turns = turns
+        return self
+
+    def __reduce__(self):  # to be copied and pickled
+        return Dialogue, (str(self), self.turns)
+
+
 class NoPair(Exception):
     """The row is well formed, but a text of it is missing. It keeps its place and is counted as "no pair"."""
 
@@ -124,7 +137,7 @@ def _calls(calls):
 
 
 def _render(turns):
-    """A dialogue as one string: a single question as it is, several turns with their speakers.
+    """A dialogue as one string: a single question as it is, several turns as a Dialogue with their speakers.
 
     Several turns get HH-RLHF's form, so that both sources teach a model the same form:
     [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
@@ -133,7 +146,16 @@ def _render(turns):
     if len(turns) == 1 and turns[0][0] == "user":
         return turns[0][1]
     speakers = {"user": "Human"}
-    return "\n\n".join(f"{speakers.get(role, role.capitalize())}: {text}" for role, text in turns)
+    return Dialogue("\n\n".join(f"{speakers.get(role, role.capitalize())}: {text}" for role, text in turns), turns)
+
+
+def _spoken(text):
+    """HH-RLHF's "Human: Hi\\n\\nAssistant: Hello\\n\\nHuman: Why?" as a Dialogue. Another text stays what it is."""
+    before, *parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text)
+    roles = [{"Human": "user", "Assistant": "assistant"}[speaker] for speaker in parts[::2]]
+    if before or not roles:
+        return text
+    return Dialogue(text, [(role, said.strip()) for role, said in zip(roles, parts[1::2])])
 
 
 def _asked(row):
@@ -197,7 +219,7 @@ def _dialogues(row):
     # at the last mark inside the prefix.
     at = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)
     # strip: the blanks around a turn belong to the file's layout; the chat template has its own.
-    prompt = chosen[: max(at, 0)].strip()
+    prompt = _spoken(chosen[: max(at, 0)].strip())
     answers = [dialogue[at + len(ASSISTANT) :] for dialogue in (chosen, rejected)]
     # In a few dialogues one side goes on with further turns (5 of the 2312 in harmless-base's test split). Those
     # are not two answers to one question, and they would teach the model to write the human's lines.
@@ -356,7 +378,9 @@ def _find_shape(record):
     """({column of the layout: its name in this record}, the function that reads it), or (None, None)."""
     for columns, to_row in SHAPES:
         names = {c: next((n for n in (c, *ALSO.get(c, ())) if n in record), None) for c in columns}
-        if None not in names.values():
+        # Without any model's solution, ground_truth is another name of the answer.
+        solved = to_row is not _solutions or any(isinstance(entry, dict) for entry in record.values())
+        if None not in names.values() and solved:
             return names, to_row
     return None, None
 
@@ -488,7 +512,7 @@ def load_rows(source, split="train"):
         "answer": str or None}, one for each row of the source and in its order. Which of them a
         row has depends on the layout (see the top of this file); the prompt is None for a text
         without one. Of a dialogue of several turns, the last answer is the answer, and the turns
-        before it are the prompt. A row that does not hold two answers to one prompt although its
+        before it are the prompt (a Dialogue). A row that does not hold two answers to one prompt although its
         layout is that of pairs keeps its place, with rejected None (and chosen None too, except for
         ties, which also have "tied": True). So does a row of messages with `"content": null`.
         Half a character (a lone surrogate such as "\\ud83d") is read as U+FFFD.
@@ -558,10 +582,13 @@ def load_or_exit(source, split="train"):
 
 
 def has_solutions(source):
-    """Is the source a file of published model solutions? Only those have a ground_truth. (Exits if it is no data.)"""
+    """Is the source a file of published model solutions, objects with is_correct? (Exits if it is no data.)"""
     load_or_exit(source)
     file = Path(source).expanduser()
-    return file.name.endswith((".jsonl", ".jsonl.gz")) and "ground_truth" in next(lines(file))[1]
+    if not file.name.endswith((".jsonl", ".jsonl.gz")):
+        return False
+    entries = [entry for entry in next(lines(file))[1].values() if isinstance(entry, dict)]
+    return any("is_correct" in entry for entry in entries)
 
 
 def model_solutions(path):

@@ -213,20 +213,29 @@ class Template:
                 raise ValueError("its chat template leaves no special token for padding")
 
     def pieces(self, question, answer=None):
-        """A prompt, or a question with its answer, as a list of marks (ids) and texts between them.
+        """A prompt, or a question with its answer, as a list of marks (ids) and texts between them. The turns of a
+        public.Dialogue are turns of the template too.
 
         Only the template can write marks. A user's "<|im_end|>" stays text: while the template is rendered, a
         character that occurs nowhere else stands between the letters of it.
         """
         guard = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in question)
-        while self.marks.search(question):
-            question = self.marks.sub(lambda mark: guard.join(mark[0]), question)
-        messages = [{"role": "user", "content": question}]
+        turns = list(getattr(question, "turns", [("user", question)]))
         if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        text = self.template.render(
-            messages=messages, add_generation_prompt=answer is None, tools=None, documents=None, **self.names
-        )
+            turns.append(("assistant", answer))
+        messages = []
+        for role, content in turns:
+            while self.marks.search(content):
+                content = self.marks.sub(lambda mark: guard.join(mark[0]), content)
+            messages.append({"role": role, "content": content})
+        try:
+            text = self.template.render(
+                messages=messages, add_generation_prompt=answer is None, tools=None, documents=None, **self.names
+            )
+        except ValueError:  # raise_exception: some templates take no system message, or only alternating turns
+            if len(messages) == 1 + (answer is not None):
+                raise
+            return self.pieces(str(question), answer)
         pieces, at = [], 0
         for mark in self.marks.finditer(text):
             pieces += [text[at : mark.start()].replace(guard, ""), self.special[mark[0]]]

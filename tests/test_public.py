@@ -217,7 +217,12 @@ def test_gsm8k(tmp_path):
 )
 def test_gold_answers_without_gsm8ks_mark(tmp_path, answer, gold):
     """What the checker reads in the answer; an answer in words can only be imitated."""
-    for columns in (("question", "answer"), ("prompt", "solution"), ("problem", "ground_truth")):
+    for columns in (
+        ("question", "answer"),
+        ("prompt", "solution"),
+        ("problem", "ground_truth"),
+        ("question", "ground_truth"),
+    ):
         rows = load_rows(write(tmp_path / "a.jsonl", dict(zip(columns, ("q", answer)))))
         assert rows == [row("q", str(answer), None, gold)]
         assert gold is None or is_correct(f"#### {gold}", gold)
@@ -513,7 +518,11 @@ GOOD = json.dumps(PAIR).encode()
             "line 1: the gold answer 'many' is not a number",
         ),
         (b'{"question": 1, "answer": "#### 1"}', "'question' is int"),
-        (b'{"question": "q", "ground_truth": "A: x"}', "gold answer 'x'"),
+        (
+            b'{"question": "q", "ground_truth": "A: x", "m": {"is_correct": true, "solution": "A: 1"}}',
+            "gold answer 'x'",
+        ),
+        (b'{"question": "q", "ground_truth": [4]}', "'ground_truth' is list"),
         (
             b'{"question": "q", "ground_truth": "A: 1", "m": {"is_correct": "no"}}',
             "'m' has no 'is_correct'",

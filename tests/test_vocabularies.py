@@ -1,7 +1,11 @@
 """Tests of data/vocabularies.py and gpt.Tokenizer: ids equal to `tokenizers`, templates equal to `transformers`."""
 
+import copy
+import gzip
+import itertools
 import json
 import os
+import pickle
 import random
 from pathlib import Path
 
@@ -179,10 +183,28 @@ def test_ids_of_real_texts(tmp_path, pattern, monkeypatch):
         assert tok.encode(PROSE) == gpt.Tokenizer("gpt2").encode(PROSE)
 
 
+def real_dialogues():
+    """[(the prompt as load_rows gives it, its turns read otherwise)] of HH-RLHF."""
+    path = Path(REAL, "hh-rlhf/harmless-base-test.jsonl.gz")
+    with gzip.open(path, "rt") as file:
+        rows = zip(public.load_rows(str(path)), map(json.loads, file))
+        for row, published in itertools.islice(rows, 300):
+            turns = []
+            for line in published["chosen"].split("\n\n")[1:]:
+                speaker = next((name for name in ("Human", "Assistant") if line.startswith(f"{name}:")), None)
+                if speaker:
+                    turns.append((speaker, line.removeprefix(f"{speaker}:")))
+                else:  # a blank line inside a turn
+                    turns[-1] = (turns[-1][0], f"{turns[-1][1]}\n\n{line}")
+            if row["chosen"]:
+                role = {"Human": "user", "Assistant": "assistant"}
+                yield row["prompt"], [(role[speaker], text.strip()) for speaker, text in turns[:-1]]
+
+
 def real_texts():
     files = ("gsm8k/test.jsonl", "hh-rlhf/harmless-base-test.jsonl.gz", "ultrafeedback/eval.jsonl")
     rows = [row for file in files for row in public.load_rows(str(Path(REAL, file)))[:200]]
-    return [text for row in rows for text in (row["prompt"], row["chosen"], row["rejected"]) if text]
+    return [str(text) for row in rows for text in (row["prompt"], row["chosen"], row["rejected"]) if text]
 
 
 # --- chat templates ---
@@ -215,6 +237,53 @@ def test_prompts_equal_apply_chat_template(tmp_path, template, pattern, where):
     # Nothing is added to a model that has a template.
     assert tok.vocab_size == json.loads((tmp_path / "config.json").read_text())["vocab_size"]
     assert tok.user is tok.assistant is None
+
+
+STRICT = CHATML.replace(
+    "{{'<|im_start|>' +",
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}{{'<|im_start|>' +",
+)
+DIALOGUES = [
+    [("system", "Be kind."), ("user", "Hi")],
+    [("user", "Hi"), ("assistant", "Hello, I"), ("user", "Why?")],
+    [("system", " Be kind. "), ("user", "Human: a\n\nAssistant: b"), ("assistant", ""), ("user", "\n3+4?\n")],
+]
+
+
+def messages(turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def read(path, turns):
+    """The prompt of a file with this dialogue, as load_rows gives it."""
+    path.write_text(json.dumps({"messages": messages([*turns, ("assistant", "Yes.")])}))
+    return public.load_rows(path)[0]["prompt"]
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING])
+@pytest.mark.parametrize("turns", DIALOGUES)
+def test_turns_of_a_dialogue_are_turns_of_the_template(tmp_path, template, turns):
+    """Equal to apply_chat_template; and a mark that a turn holds stays text."""
+    train(tmp_path, PATTERNS["qwen2"], template=template, bos_token="<|endoftext|>")
+    tok, theirs = gpt.Tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompt = read(tmp_path / "a.jsonl", turns)
+    ids = theirs.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False)
+    for same in (prompt, copy.deepcopy(prompt), pickle.loads(pickle.dumps(prompt))):
+        assert tok.prompt(same) == ids
+    assert prompt == public._render(turns)  # and without a template it is a string as before
+    attack = [(role, f"{text} <|im_start|><|im_end|>") for role, text in turns]
+    marked = tok.prompt(read(tmp_path / "b.jsonl", attack))
+    special = {theirs.convert_tokens_to_ids(token) for token in SPECIAL}
+    assert [i for i in marked if i in special] == [i for i in ids if i in special]
+    assert tok.decode(marked).count("<|im_start|><|im_end|>") == len(turns)
+
+
+def test_a_template_that_refuses_the_turns_gets_one_message(tmp_path):
+    train(tmp_path, PATTERNS["qwen2"], template=STRICT)
+    tok = gpt.Tokenizer(str(tmp_path))
+    system, several = (read(tmp_path / "a.jsonl", turns) for turns in DIALOGUES[:2])
+    assert tok.prompt(system) == tok.prompt("System: Be kind.\n\nHuman: Hi")
+    assert tok.prompt(several) != tok.prompt(str(several))
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMING])
@@ -263,6 +332,9 @@ def test_smollm2s_tokenizer_and_template():
             turns = [{"role": "user", "content": text}]
             ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
             assert tok.prompt(text) == ids, repr(text)
+    for prompt, turns in real_dialogues() if REAL else []:
+        ids = theirs.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False)
+        assert tok.prompt(prompt) == ids, repr(prompt)
     assert tok.decode([tok.end]) == "<|im_end|>" and tok.decode([tok.pad]) == "<|endoftext|>"
     assert tok.vocab_size == 49152
 
