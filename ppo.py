@@ -169,7 +169,6 @@ def train(args):
     if args.break_ == "reward_hacking":
         max_steps *= 20  # "it was still improving when we stopped"
     policy, ref, tok = gpt.load_policy(args.load or runs.made_by("sft", args, "a minute"), args)
-    reward = make_reward(args, tok)
     # Policy, value head and beta in one module: one optimizer, one checkpoint.
     agent = nn.ModuleDict({"policy": policy, "value": nn.Linear(policy.config.n_embd, 1)}).to(args.device)
     nn.init.zeros_(agent.value.weight)
@@ -181,6 +180,7 @@ def train(args):
     material = lessons.problems(args, tok, policy.config.block_size, max_steps * args.prompts)
     problems, held_out = material.train, material.problems
     gpt.check_room(policy, tok, problems + held_out, longest)
+    reward = make_reward(args, tok)  # after the problems: a reward model can take long to make
     optimizer = gpt.make_optimizer(policy, args.lr or (1e-4 if policy.config.n_embd < 512 else 3e-6))
     # The value head starts from nothing, so it may take larger steps than the policy.
     optimizer.add_param_group({"params": list(agent.value.parameters()), "lr": 1e-3})

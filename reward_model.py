@@ -128,7 +128,9 @@ def policy_pairs(policy, tok, problems, seed, samples=8, longest=48):
     """Pairs from a policy's own samples, labelled by the exact checker: a correct and a wrong answer to each problem
     that got both. These labels cannot carry a taste."""
     repeated = [p for p in problems for _ in range(samples)]
-    answers = gpt.solve(policy, tok, repeated, 1.0, runs.rng(seed, "policy pairs"), longest)
+    mine = parts.share(repeated)  # of several processes each samples its part, and all get the same pairs
+    answers = gpt.solve(policy, tok, mine, 1.0, runs.own_rng(seed, "policy pairs"), longest)
+    answers = parts.gather(answers, "cpu")
     pairs = []
     for i, problem in enumerate(problems):
         group = answers[i * samples : (i + 1) * samples]

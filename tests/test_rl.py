@@ -32,7 +32,7 @@ import gpt
 import grpo
 import ppo
 import reward_model
-from data import breaks, runs, task
+from data import breaks, parts, runs, task
 from data.checker import is_correct, last_answer, miscalculates
 
 # --- reward_model.py: the loss ---
@@ -128,7 +128,16 @@ def test_policy_pairs(monkeypatch):
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [("0/0", "0/1"), ("3/1", "3/0"), ("4/2", "4/0")]
     assert [p["prompt"] for p in pairs] == [problems[i].text for i in (0, 3, 4)]
     assert [p["answer"] for p in pairs] == [str(problems[i].answer) for i in (0, 3, 4)]
-    assert asked == [([p for p in problems for _ in range(3)], 1.0)]
+    repeated = [p for p in problems for _ in range(3)]
+    assert asked == [(repeated, 1.0)]
+    # Two processes: each answers half of them, and gets what the other has answered.
+    whole = solve(None, None, repeated, 1.0, None)
+    monkeypatch.setattr(parts, "PROCESSES", 2)
+    for process, half in ((0, repeated[:7]), (1, repeated[7:])):
+        monkeypatch.setattr(parts, "PROCESS", process)
+        monkeypatch.setattr(parts, "gather", lambda answers, device: whole)
+        assert reward_model.policy_pairs(None, None, problems, 0, samples=3) == pairs
+        assert asked.pop() == (half, 1.0)
 
 
 # --- reward_model.py: what is reported ---
