@@ -1,0 +1,73 @@
+"""How much memory do two steps of training a 0.5B model take? Prints a table, kept in data/results/; it is not a test.
+
+    python tests/memory.py SMOLLM2 DATA         about half an hour on two cores
+
+The model has the sizes of Qwen2.5-0.5B, with its vocabulary of 151,936 tokens, and random weights: memory does not
+depend on their values. Tokenizer and chat template are those of the folder SMOLLM2 (see smollm2.py). DATA is a folder
+with gsm8k/train.jsonl and ultrafeedback/train.jsonl; the pairs are the longest ones that fit into 512 tokens. Every
+script runs in a process of its own, in float32, with the default batch for real data and --micro_batch 1.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from measure import header, keep_table, row, trained
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import gpt
+from data import lessons, public
+
+SIZES = {
+    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+STEPS = {
+    "sft": ["--data", "pairs.jsonl", "--steps", 2],
+    "reward_model": ["--data", "pairs.jsonl", "--steps", 2],
+    "dpo": ["--data", "pairs.jsonl", "--steps", 2],
+    "ppo": ["--data", "problems.jsonl", "--max_steps", 2, "--problems", 2],
+    "grpo": ["--data", "problems.jsonl", "--max_steps", 2, "--problems", 2],
+}
+
+
+def make_model(smollm2, folder):
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**SIZES)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2 / name, folder)
+
+
+def make_data(data, tok):
+    """pairs.jsonl: the longest twenty that fit into 512 tokens; problems.jsonl: twenty of GSM8K."""
+    pairs = lessons.clean(public.load_rows(data / "ultrafeedback/train.jsonl"), tok, lessons.pair_room(tok, 512))[0]
+    pairs.sort(key=lambda row: -len(row["prompt"] + row["chosen"] + row["rejected"]))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[:20]))
+    problems = (data / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("problems.jsonl").write_text("".join(problems[:20]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("smollm2", type=Path)
+    parser.add_argument("data", type=Path)
+    args = parser.parse_args()
+    model = Path("runs/random-0.5B").absolute()
+    model.mkdir(parents=True, exist_ok=True)
+    make_model(args.smollm2, model)
+    make_data(args.data, gpt.Tokenizer(str(model)))
+    columns = ["", "peak GB", "seconds"]
+    rows = []
+    for script, flags in STEPS.items():
+        report = trained(script, "--load", model, *flags, "--micro_batch", 1)[-1].report
+        rows.append([script, f"{report['peak_gb']:.1f}", f"{report['seconds']:.0f}"])
+    header(*columns)
+    for cells in rows:
+        row(*cells)
+    keep_table("memory", "Memory of a 0.5B model with 151,936 tokens, `--micro_batch 1`", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
