@@ -31,20 +31,23 @@ NUMBER = re.compile(
 SPELLINGS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
-        (r"^\*+ *| *\*+(?=\.?$)", ""),  # **18**; but 2**3 is no 23
+        (r"^[* ]+| *\*+(?=\.?$)", ""),  # **18**, and what **Answer:** **18** leaves; but 2**3 is no 23
         (r"^\\\((.*)\\\)(?=\.?$)|^\$([^$]+)\$(?=\.?$)", r"\1\2"),  # \(18\), $18$: a formula
         (r"^\\boxed\{(.*)\}(?=\.?$)", r"\1"),
-        (r"\\text[a-z]*\{([^{}]*)\}", r"\1"),  # 18\text{ dollars}
+        # 18\text{ dollars}, \mathbf{18}; but 10\textsuperscript{2} is no 102
+        (r"\\(?:mbox|(?:text|math)(?:[a-z]{2}|normal)?)\{([^{}]*)\}", r"\1"),
+        # 1{,}000, 1,\!000, and 1 000 with a fixed space; before \frac, or 1\,\frac{100}{2} is 1,100/2
+        (r"(?<=[0-9])(?:\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3})", ","),
         (r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2"),  # \frac{1}{2}; but 3\frac{1}{2} is no 31/2
         (r"\\([$%])", r"\1"),
-        (r"(?<=[0-9])(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3})", ","),  # 1{,}000, and 1 000 with a fixed space
+        (r"(?<=\w)(?:\\[ ,:;]|~)(?= *[A-Za-z])", " "),  # 18\,cm: LaTeX's spaces; but ~18 is about 18
         (r"[\u2212\u2013]", "-"),  # the minus sign, and the dash that is often typed for it
         (r"[\u20ac\u00a3]", "$"),  # euro, pound
     )
 ]
 
 # "18 dollars", "18 square feet", "18 dollars a day", "18$": up to three words, and none of those in NO_UNIT.
-WITH_UNIT = re.compile(r"(.*[0-9%])\.? ?(?:([A-Za-z]{2,20}(?: +(?:a|[A-Za-z]{2,20})){0,2})|\$)\.?")
+WITH_UNIT = re.compile(r"(.*[0-9%])\.? *(?:([A-Za-z]{2,20}(?: +(?:a|[A-Za-z]{2,20})){0,2})|\$)\.?")
 # Words that make another number of it ("18 thousand", "18 and a half", "18th") or leave it open ("18 or more").
 NO_UNIT = frozenset(
     "or and to plus minus if not half halves st nd rd th third fourth fifth tenth hundredth hundred thousand million "
