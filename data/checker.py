@@ -48,11 +48,26 @@ SPELLINGS = [
 
 # "18 dollars", "18 square feet", "18 dollars a day", "18$": up to three words, and none of those in NO_UNIT.
 WITH_UNIT = re.compile(r"(.*[0-9%])\.? *(?:([A-Za-z]{2,20}(?: +(?:a|[A-Za-z]{2,20})){0,2})|\$)\.?")
-# Words that make another number of it ("18 thousand", "18 and a half", "18th") or leave it open ("18 or more").
-NO_UNIT = frozenset(
-    "or and to plus minus if not half halves st nd rd th third fourth fifth tenth hundredth hundred thousand million "
-    "billion trillion dozen one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty "
-    "sixty seventy eighty ninety".split()
+# Units cannot be listed, because anything can be counted ("18 apples"). So this lists the words that are not units. The
+# trap: a word that is missing here counts as a unit. Without "eighth", "3 eighths" would be read as 3. A word that can
+# be either is listed ("3 quarters"). A plural and an ordinal in -th need no entry: six also refuses "sixths".
+NO_UNIT = re.compile(
+    r"\b(?:"
+    # leaves the number open, goes on, or denies it: "18 or more", "18 and a half", "18 is wrong"
+    "or|and|but|to|if|ish|least|most|not|never|is wrong|is incorrect|"
+    # changes the sign or calculates: "18 degrees below zero", "18 squared", "18 pi", "0.3 repeating"
+    "minus|negative|below|under|plus|squared|cubed|factorial|pi|itself|twice|thrice|halved|doubled|tripled|quadrupled|"
+    "repeating|recurring|"
+    # scales it: "18 thousand", "2 bn", "18 grand", "2 lakh"
+    "dozen|score|gross|hundred|thou|thousand|grand|mille|permille|myriad|lakh|lac|crore|cr|mil|mill|mn|mln|million|"
+    "bil|bn|bln|billion|tn|trn|trillion|quadrillion|zillion|"
+    # a part or an ordinal: "3 quarters", "18th"
+    "half|halve|quarter|st|nd|rd|th|third|fifth|eighth|ninth|twelfth|(?:twen|thir|for|fif|six|seven|eigh|nine)tieth|"
+    # a second number: "18 dollars fifty"
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    "(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
+    r")(?:th)?s?\b",
+    re.IGNORECASE,
 )
 
 
@@ -67,8 +82,7 @@ def _number(text, unit=False):
             text = pattern.sub(plain, text)
         match = NUMBER.fullmatch(text.strip())
         found = WITH_UNIT.fullmatch(text.strip()) if unit and match is None else None
-        words = (found[2] or "").lower().split() if found else []
-        if found and not any({word, word.removesuffix("s")} & NO_UNIT for word in words):
+        if found and not NO_UNIT.search(found[2] or ""):
             match = NUMBER.fullmatch(found[1])
     if match is None:
         return None
@@ -85,6 +99,8 @@ def _number(text, unit=False):
 # What announces an answer in a last line. "The answer is correct" announces none, so "is" needs a digit behind it.
 LABEL = re.compile(r"^A:|\b(?i:answer(?: is)?)(?:\*\*)?\s{0,9}[:=]|\b(?i:answer is)(?=.{0,200}[0-9])")
 BOLD = re.compile(r"\*\*([^*]{1,100})\*\*")
+# The number in bold is not the whole answer with one of these beside it: 19, -**18**, **18**k, **18** thousand.
+BESIDE_BOLD = re.compile(rf"[0-9]|[-\u2212]\*\*|\*\*(?:[A-Za-z]| *{NO_UNIT.pattern})", re.IGNORECASE)
 
 
 def last_answer(text):
@@ -126,7 +142,7 @@ def last_answer(text):
         marks.append((len(before + box), _closed(inside[:200])))
     bold = list(BOLD.finditer(line))
     # "He fills **3** boxes with 18 eggs": which of the two is the answer? Not for us to say.
-    if len(bold) == 1 and re.search("[0-9]", bold[0][1]) and not re.search("[0-9]", BOLD.sub("", line)):
+    if len(bold) == 1 and re.search("[0-9]", bold[0][1]) and not BESIDE_BOLD.search(BOLD.sub("**", line)):
         marks.append((start + bold[0].start(1), bold[0][1]))
     return _number(max(marks)[1], unit=True) if marks else None
 

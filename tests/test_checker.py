@@ -175,6 +175,14 @@ def test_the_other_form_needs_its_own_last_line_and_no_mark():
         ("Answer: 18th", None),
         (r"\boxed{3\frac{1}{2}}", None),
         (r"\boxed{18 \text{ thousand}}", None),
+        ("Answer: 18 degrees below zero", None),
+        ("Answer: 18 is wrong", None),
+        ("Answer: 18 wrong answers", 18),
+        ("Answer: 18 miles north", 18),
+        ("So she has **18** thousand dollars.", None),
+        ("**18** and a half", None),
+        ("It falls to -**18**.", None),
+        ("**18**k", None),
         # Removing the marks must not make a number of something else.
         ("Answer: 2**3", None),
         (r"\boxed{10\textsuperscript{2}}", None),
@@ -206,6 +214,37 @@ def test_answers_as_published_models_write_them(text, value):
     assert not is_correct(text, 7)
     if value is not None:
         assert is_correct(text, value) and last_answer(f"\\boxed{{3}} **4** A: 5\n{text}") == value
+
+
+UNITS = "dollars|cm|apples|apples per day|square feet|dollars a day|percent|seconds|points|months|times|units|minutes"
+NO_UNITS = (
+    "thousand|Million|bn|mn|lakh|lakhs|crore|grand|DOZEN|score|gross|hundred|mil|per mille|half|halves|thirds|"
+    "quarters|fifth|sixths|seventh|eighths|ninths|tenth|twelfths|twentieth|thirtieths|hundredths|thousandths|millionth|"
+    "squared|cubed|factorial|pi|doubled|twice|repeating|or|or so|to|and more|at most|minus|plus|negative|below zero|"
+    "degrees below zero|fifteen|ninety|zero|dollars fifty|ish|is not it"
+)
+
+
+@pytest.mark.parametrize(("words", "is_unit"), [(w, w in UNITS.split("|")) for w in f"{UNITS}|{NO_UNITS}".split("|")])
+def test_a_unit_is_read_and_a_word_that_changes_the_number_is_not(words, is_unit):
+    # In every spelling alike: a spelling that skipped the list of words would read "3 eighths" as 3.
+    for number, value in (("3", 3), ("-1,000.5", Fraction(-2001, 2)), ("1/2", Fraction(1, 2))):
+        texts = [
+            f"A: {number} {words}",
+            f"Answer: {number}  {words}.",
+            f"**The answer is {number} {words}**",
+            f"**Answer:** **{number} {words}**",
+            rf"\boxed{{{number} {words}}}",
+            rf"\boxed{{{number}\text{{ {words}}}}}",
+            rf"\boxed{{{number} \text{{ {words}.}}}}",
+            rf"\boxed{{{number}\,\mathrm{{{words}}}}}",
+            rf"\boxed{{\mathbf{{{number}}}\ \text{{{words}}}}}",
+            rf"\boxed{{\textbf{{{number} {words}}}}}",
+        ]
+        if is_unit or " " not in words:  # behind a number in bold a sentence may go on: only the next word is looked at
+            texts.append(f"So it is **{number}** {words}.")
+        for text in texts:
+            assert last_answer(text) == (value if is_unit else None), text
 
 
 def test_gold_types():
