@@ -723,6 +723,28 @@ def test_save_and_load_is_exact(tmp_path):
     assert {p.requires_grad for p in ref.parameters()} == {False}
 
 
+def test_bfloat16_of_a_loaded_model(tmp_path):
+    """Every way to load a checkpoint hands on --dtype: the products are in bfloat16, the weights stay float32."""
+    random_model().save(tmp_path / "model")
+    random_scorer().save(tmp_path / "scorer")
+    ids = random_ids(2, 8)
+    exact = gpt.load_model(str(tmp_path / "model"))(ids)
+    assert exact.dtype == torch.float32
+    args = argparse.Namespace(device="cpu", dtype="bfloat16")
+    scorer = gpt.load_scorer(str(tmp_path / "scorer"), bfloat16=True)
+    loaded = [
+        gpt.load_model(str(tmp_path / "model"), bfloat16=True),
+        *gpt.load_policy(str(tmp_path / "model"), args)[:2],
+    ]
+    for model in (*loaded, scorer.transformer):
+        seen = []
+        model.h[0].mlp.c_fc.register_forward_hook(lambda layer, x, y, seen=seen: seen.append(y.dtype))
+        assert model(ids).dtype == torch.bfloat16 and seen == [torch.bfloat16]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for model in loaded:
+        assert 0 < (model(ids).float() - exact).abs().mean() < 0.05 * exact.std()
+
+
 def test_saved_scorer_comes_back(tmp_path):
     """With its zero and its unit, from its own folder and from that of a run."""
     scorer, (prompts, answers, _) = random_scorer(3), random_pairs(5, seed=24)

@@ -98,6 +98,19 @@ def test_sft_on_answers_alone(base, make, tok):
     assert made.folder.updates[0]["loss"] == pytest.approx((total / count).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model", "tools"])
+def test_a_run_in_bfloat16_is_near_that_in_float32(make, script):
+    """The first update on the same examples, with the same weights: it differs, but by rounding only."""
+    flags = ["--plain"] if script == "tools" else []
+    exact, rounded = (make(script, *flags, *more).folder.updates[0] for more in ([], ["--dtype", "bfloat16"]))
+    assert rounded["grad_norm"] != exact["grad_norm"] and rounded["grad_norm"] == pytest.approx(
+        exact["grad_norm"], 0.02
+    )
+    assert rounded["loss"] == pytest.approx(exact["loss"], 0.01)
+    if script != "dpo":  # there the loss is log 2 as long as policy and reference are equal
+        assert rounded["loss"] != exact["loss"]
+
+
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "kto", "orpo", "simpo", "dpo --dtype bfloat16"])
 def test_every_preference_loss(make, loss):
     made = make("dpo", "--loss", *loss.split())
