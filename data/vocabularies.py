@@ -104,6 +104,21 @@ def read(folder):
     template = read_template(folder, data, added)
     if template is None and "chat" in config:  # saved by gpt.py, with our four tokens at the end
         size -= 4
+    start = tuple(added[token] for token in first_tokens(tokenizer.get("post_processor")))
+    # A token without a row in the embedding would be an IndexError, or have the id of one of our four tokens. If there
+    # is a template, added tokens that it does not write are in no prompt and need no row.
+    used = added
+    if template is not None:
+        ids = {*start, template.end, template.pad, *template.pieces("question"), *template.pieces("question", "answer")}
+        used = {token: i for token, i in added.items() if i in ids}
+    last, i = max((vocab | used).items(), key=lambda item: item[1])
+    if i >= size:
+        sys.exit(
+            f"the tokenizer in {folder} has a token {last!r} with the id {i}, but the model's embedding has rows for "
+            f"{size} tokens only. If both belong together, add the rows with `transformers`: "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    added = {token: i for token, i in added.items() if i < size}
     for byte in range(256):
         # Bytes that the vocabulary lacks, because they occur in no text of its language. The ids behind the last one
         # say: leave it out, as `tokenizers` does.
@@ -112,7 +127,6 @@ def read(folder):
     # Many embeddings have more rows than there are tokens. No text has their ids, but a model could sample them.
     named = {*ranks.values(), *added.values()}
     special = added | {f"<|unused {i}|>": i for i in range(size) if i not in named}
-    start = tuple(added[token] for token in first_tokens(tokenizer.get("post_processor")))
     return Vocabulary(pattern, ranks, special, size, normalizer is not None, start, template)
 
 

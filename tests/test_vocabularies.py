@@ -465,6 +465,56 @@ def test_other_tokenizers_are_refused_by_name(tmp_path, change, match):
     exits(gpt.load_model, str(tmp_path), match=match)
 
 
+def add_token(folder, token, i, **settings):
+    """Add a token to a folder's tokenizer, as somebody does who does not resize the embedding afterwards."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": i, "content": token, "special": True, **plain})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("template", "token"), [(None, "<pad>"), (CHATML, "<pad>"), (CHATML.replace("You", "<sep>You"), "<sep>")]
+)
+def test_an_added_token_without_a_row_is_refused(tmp_path, template, token):
+    """Its id would be an IndexError, and without a template that of our <|user|>. With a row it is accepted."""
+    rows = tiny_model(tmp_path, template).get_vocab_size() + 9
+    gpt.load_model(str(tmp_path))
+    add_token(tmp_path, token, rows, **({"pad_token": token} if token == "<pad>" else {}))
+    exits(gpt.load_model, str(tmp_path), match=f"a token '{token}' with the id {rows}.* {rows} tokens only.*resize")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    model.resize_token_embeddings(rows + 1)
+    model.save_pretrained(tmp_path)
+    tok = gpt.Tokenizer(str(tmp_path))
+    assert gpt.load_model(str(tmp_path)).config.vocab_size == tok.vocab_size == rows + (1 if template else 5)
+    assert tok.decode([rows]) == token
+
+
+def test_an_added_token_that_the_template_does_not_write_needs_no_row(tmp_path):
+    """The model cannot sample it, and in a text it is text."""
+    rows = tiny_model(tmp_path, CHATML).get_vocab_size() + 9
+    before = gpt.Tokenizer(str(tmp_path))
+    add_token(tmp_path, "<tool>", rows)
+    tok = gpt.Tokenizer(str(tmp_path))
+    assert gpt.load_model(str(tmp_path)).config.vocab_size == tok.vocab_size == rows
+    assert (tok.end, tok.pad, tok.prompt("a <tool> b")) == (before.end, before.pad, before.prompt("a <tool> b"))
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+@pytest.mark.parametrize("lost", [1, 300])
+def test_an_embedding_with_fewer_rows_than_tokens_is_refused(tmp_path, template, lost):
+    """encode() would leave out the tokens without a row, and the text would be another one."""
+    tokens = train(tmp_path, BYTES, template=template).get_vocab_size()
+    for size in (tokens, tokens - lost):
+        config = transformers.GPT2Config(vocab_size=size, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+        if size == tokens:
+            gpt.load_model(str(tmp_path))
+    exits(gpt.load_model, str(tmp_path), match=f"the id {tokens - 1}, .* rows for {tokens - lost} tokens only")
+
+
 @pytest.mark.parametrize(
     ("template", "match"),
     [
