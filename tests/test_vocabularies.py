@@ -7,9 +7,12 @@ import json
 import os
 import pickle
 import random
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import exits
 
 import gpt
@@ -382,6 +385,38 @@ def test_a_saved_model_has_its_tokenizer_with_it(tmp_path, template, tied):
     assert (gpt.completion_logps(again, [prompts], [answer])[0] - logps).abs().max() == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(saved)
     assert (theirs.config.eos_token_id, theirs.config.pad_token_id) == (tok.end, tok.pad)
+
+
+def test_what_is_downloaded_is_enough(tmp_path, monkeypatch):
+    """OWNER/NAME of the hub: weights in several files, and each file of the tokenizer says something that is needed."""
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    tiny_model(source, TRIMMING)
+    transformers.LlamaForCausalLM.from_pretrained(source).save_pretrained(source, max_shard_size="40KB")
+    (source / "model.safetensors").unlink()
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|endoftext|>"}))
+    (source / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
+    for name in ("README.md", "consolidated.safetensors"):
+        (source / name).write_text("")
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "me/x"
+        cache.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)  # where no folder is called me/x
+    model, expected = gpt.load_model("me/x"), gpt.load_model(str(source))
+    downloaded = {path.name for path in cache.iterdir()}
+    assert len([name for name in downloaded if name.startswith("model-")]) > 1
+    assert not downloaded & {"README.md", "consolidated.safetensors"}
+    weights = expected.state_dict()
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
+    tok, same = gpt.Tokenizer(model.config.tokenizer), gpt.Tokenizer(str(source))
+    assert tok.ids == same.ids and tok.prompt("Leo has 7 eggs.") == same.prompt("Leo has 7 eggs.")
+    assert (tok.decode([tok.end]), tok.decode([tok.pad])) == ("<|im_end|>", "<|endoftext|>")
 
 
 def test_gpt2_with_another_tokenizer(tmp_path):
