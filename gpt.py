@@ -399,7 +399,11 @@ class Tokenizer:
         """Ids up to where the answer begins."""
         if self.template is None:
             return [*self.start, self.user, *self.encode(question), self.assistant]
-        pieces = self.template.pieces(question)
+        try:
+            pieces = self.template.pieces(question)
+        except Exception as error:  # the template is a program: it may refuse a question, or fail at it
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            sys.exit(f"the chat template of {self.name} refuses the prompt {question[:60]!r}: {cause}")
         return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else self.encode(piece))]
 
     def answer(self, text):

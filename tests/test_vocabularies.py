@@ -565,6 +565,18 @@ def test_other_templates_are_refused_by_name(tmp_path, template, match):
     exits(gpt.load_model, str(tmp_path), match=match)
 
 
+@pytest.mark.parametrize("program", ["raise_exception('no eggs\n!')", "messages[0].eggs.eggs"])
+def test_a_prompt_that_the_template_refuses(tmp_path, program):
+    """At some contents only, so that loading the model does not show it."""
+    guard = "{% if 'boom' in messages[0]['content'] %}{{ " + program + " }}{% endif %}"
+    tiny_model(tmp_path, guard + CHATML)
+    cause = "ValueError: no eggs !" if "raise" in program else "UndefinedError: .*eggs"
+    assert gpt.Tokenizer(str(tmp_path)).prompt("Leo has 7 eggs.")
+    prompt = "boom\n" + "Leo has 7 eggs. " * 20
+    match = rf"{tmp_path} refuses the prompt 'boom\\nLeo has 7 eggs\.[^']{{40}}': {cause}"
+    exits(gpt.main, ["--load", str(tmp_path), "--prompt", prompt, "--device", "cpu"], match=match)
+
+
 def test_damaged_files(tmp_path):
     tiny_model(tmp_path)
     whole = (tmp_path / "tokenizer.json").read_bytes()
