@@ -76,6 +76,18 @@ def test_only_the_answer_and_its_end_are_learned():
     assert touched.tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]
 
 
+def test_logits_only_where_there_is_a_loss(monkeypatch):
+    """The logits are the largest tensor: no prompt token and no padding reaches the output layer."""
+    model = random_model(3)
+    ids, labels = collate([([1, 2, 3], [4, 5, 6]), ([1], [7, 6]), ([8, 9], [6])], pad=0)
+    rows, head = [], model.head
+    monkeypatch.setattr(model, "head", lambda hidden: rows.append(hidden.shape[:-1].numel()) or head(hidden))
+    total, n = sft_loss(model, ids, labels)
+    assert rows == [n.item()] == [3 + 2 + 1]
+    everywhere = model(ids)[:, :-1].flatten(0, 1)
+    close(total, F.cross_entropy(everywhere, labels[:, 1:].flatten(), reduction="sum"), 1e-4)
+
+
 def test_a_fully_masked_row_contributes_nothing():
     """0/0 is NaN, and one empty answer would end the run."""
     ids, labels = collate([([1, 2, 3], []), ([1], [2, 3])], pad=0)
