@@ -47,7 +47,11 @@ def test_base(base):
     assert base.folder.report["loss"] == pytest.approx(sum(losses[-4:]) / 4)  # the last fifth
     model = gpt.load_model(str(base.model))
     assert not model.config.chat and model.config.n_layer == 1 and model.config.n_embd == 32
-    assert "done in" in base.job.out and base.folder.name in base.job.out
+    report = base.folder.report
+    assert (
+        f"{base.folder.name}: done in {report['seconds']:.0f} s, peak memory {report['peak_gb']:.1f} GB" in base.job.out
+    )
+    assert 0.1 < report["peak_gb"] < 10  # GB; torch alone takes a quarter of one
 
 
 def test_same_flags_same_bytes(base, make):
