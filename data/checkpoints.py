@@ -113,13 +113,13 @@ def files(where):
     if not folder.is_dir() and (where in HUB or re.fullmatch(r"[\w.-]+/[\w.-]+", str(where))):
         folder = download(where)
     names = [CONFIG, WEIGHTS]
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        index = runs.read_json(folder / INDEX)
+        names = [CONFIG, *sorted(set(index.get("weight_map", {}).values()))]
+    elif not (folder / WEIGHTS).is_file():
         for name, what in OTHERS.items():
             if (folder / name).is_file():
                 sys.exit(f"{where} holds {name}, {what}, which is not supported: save the model as {WEIGHTS}")
-        if (folder / INDEX).is_file():
-            index = runs.read_json(folder / INDEX)
-            names = [CONFIG, *sorted(set(index.get("weight_map", {}).values()))]
     for name in names:
         if not (folder / name).is_file():
             sys.exit(f"no model in {where}: {name} is missing. Names on the hub: {', '.join(HUB)}, or OWNER/NAME")
