@@ -105,12 +105,12 @@ def train(args):
     if args.break_ == "reward_hacking":
         max_steps *= 30  # "it was still improving when we stopped"
     policy, ref, tok = gpt.load_policy(args.load or runs.made_by("sft", args, "a minute"), args)
-    run = runs.Run(args)
     P, G, longest = args.prompts, args.group, args.max_tokens
     material = lessons.problems(args, tok, policy.config.block_size, max_steps * P)
     problems, held_out = material.train, material.problems
     gpt.check_room(policy, tok, problems + held_out, longest)
     reward = make_reward(args, tok)  # after the problems: a reward model can take long to make
+    run = runs.Run(args)
     beta = 0.0 if args.break_ == "no_kl" else args.beta
     penalized = ref  # the model that the KL penalty pulls to
     if args.break_ == "shared_ref":

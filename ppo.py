@@ -175,12 +175,12 @@ def train(args):
     nn.init.zeros_(agent.value.bias)
     beta = 0.0 if args.break_ == "no_kl" else args.beta
     agent.register_buffer("beta", torch.tensor(beta, device=args.device))
-    run = runs.Run(args)
     B, longest = args.prompts * args.answers, args.max_tokens
     material = lessons.problems(args, tok, policy.config.block_size, max_steps * args.prompts)
     problems, held_out = material.train, material.problems
     gpt.check_room(policy, tok, problems + held_out, longest)
     reward = make_reward(args, tok)  # after the problems: a reward model can take long to make
+    run = runs.Run(args)
     optimizer = gpt.make_optimizer(policy, args.lr or (1e-4 if policy.config.n_embd < 512 else 3e-6))
     # The value head starts from nothing, so it may take larger steps than the policy.
     optimizer.add_param_group({"params": list(agent.value.parameters()), "lr": 1e-3})
