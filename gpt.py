@@ -396,7 +396,7 @@ class Tokenizer:
         return self.encoding.decode(list(ids))
 
     def prompt(self, question):
-        """Ids up to where the answer begins."""
+        """Ids up to where the answer begins. question: a string, or a public.Dialogue of several turns."""
         if self.template is None:
             return [*self.start, self.user, *self.encode(question), self.assistant]
         try:
