@@ -4,8 +4,9 @@
 
 The model has the sizes of Qwen2.5-0.5B, with its vocabulary of 151,936 tokens, and random weights: memory does not
 depend on their values. Tokenizer and chat template are those of the folder SMOLLM2 (see smollm2.py). DATA is a folder
-with gsm8k/train.jsonl and ultrafeedback/train.jsonl; the pairs are the longest ones that fit into 512 tokens. Every
-script runs in a process of its own, in float32, with the default batch for real data and --micro_batch 1.
+with gsm8k/train.jsonl and ultrafeedback/train.jsonl; the pairs are the longest ones that fit into 512 tokens, and the
+answers of ppo.py and grpo.py may have 256. Every script runs in a process of its own, in float32. With --micro_batch 1
+the size of the batch matters little to the memory, so the batches are small.
 """
 
 import argparse
@@ -24,12 +25,13 @@ SIZES = {
     "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
     "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
-STEPS = {
-    "sft": ["--data", "pairs.jsonl", "--steps", 2],
-    "reward_model": ["--data", "pairs.jsonl", "--steps", 2],
-    "dpo": ["--data", "pairs.jsonl", "--steps", 2],
-    "ppo": ["--data", "problems.jsonl", "--max_steps", 2, "--problems", 2],
-    "grpo": ["--data", "problems.jsonl", "--max_steps", 2, "--problems", 2],
+ROLLOUTS = ["--data", "problems.jsonl", "--max_steps", 2, "--problems", 2, "--prompts", 1]
+FLAGS = {  # two steps, because the optimizer's state is there from the first one on
+    "sft": ["--data", "pairs.jsonl", "--steps", 2, "--batch", 2],
+    "reward_model": ["--data", "pairs.jsonl", "--steps", 2, "--batch", 2],
+    "dpo": ["--data", "pairs.jsonl", "--steps", 2, "--batch", 2],
+    "grpo": [*ROLLOUTS, "--group", 4],
+    "ppo": [*ROLLOUTS, "--answers", 4, "--epochs", 1],
 }
 
 
@@ -60,7 +62,7 @@ def main():
     make_data(args.data, gpt.Tokenizer(str(model)))
     columns = ["", "peak GB", "seconds"]
     rows = []
-    for script, flags in STEPS.items():
+    for script, flags in FLAGS.items():
         report = trained(script, "--load", model, *flags, "--micro_batch", 1)[-1].report
         rows.append([script, f"{report['peak_gb']:.1f}", f"{report['seconds']:.0f}"])
     header(*columns)
