@@ -21,6 +21,7 @@ DPO_SMOLLM2 = f"dpo-flip_labels-{SMOLLM2}-batch=8-problems=200-dtype=bfloat16"
 TOOLS_SMOLLM2 = "tools-hallucinated_result-load=smollm2-steps=120-max_tokens=96-problems=200-dtype=bfloat16"
 VERIFIER_SMOLLM2 = f"reasoning-{SMOLLM2}-n=64-problems=50-train_problems=240-lr=5e-05-dtype=bfloat16"
 GRPO_SMOLLM2 = f"grpo-{SMOLLM2}-reward=checker-max_steps=40-lr=1e-05-beta=0_1-problems=100-dtype=bfloat16"
+LENGTH_SMOLLM2 = f"reward_model-length_bias-{SMOLLM2}-annotator=careful-pairs=800-lr=5e-05-problems=200-dtype=bfloat16"
 SFT_GSM8K = "sft-load=smollm2-data=gsm8k-train_jsonl-batch=8-steps=150-dtype=bfloat16"
 PPO_GSM8K, GRPO_GSM8K = (f"{script}-load=atch=8-steps=150-dtype=bfloat16-2e826780-data=gsm8k-train_jsonl-dtype=bfloat16"
                          for script in ("ppo", "grpo"))  # fmt: skip
@@ -59,6 +60,7 @@ STATED = {  # file: the values of all results in it, percentages as fractions
         *of(DPO_SMOLLM2, "accuracy_sampled_sft", label="clean"),
         *of(DPO_SMOLLM2, "accuracy_sampled", label="broken"),
         *of(GRPO_SMOLLM2, "start_accuracy", "end_accuracy"),
+        *of(LENGTH_SMOLLM2, "held_out_accuracy", "terse_beats_padded"),
         *of(TOOLS_SMOLLM2, "accuracy_sampled"), *of(VERIFIER_SMOLLM2, "one", "best_of_n"),
     ],
     "data/results/README.md": lambda: [
@@ -67,6 +69,7 @@ STATED = {  # file: the values of all results in it, percentages as fractions
         *of(SFT_GSM8K, "peak_gb"), *of(GRPO_GSM8K, "peak_gb"), *of(TOOLS_GSM8K[0], "valid"),
         *of(VERIFIER_GSM8K, "peak_gb"),
         *of(GRPO_SMOLLM2, "start_accuracy", "end_accuracy", "end_kl", "peak_gb"), 0.1,  # and its beta
+        *of(LENGTH_SMOLLM2, "held_out_accuracy", "terse_beats_padded"),
         *(value for name in TOOLS_GSM8K for value in of(name, "accuracy_greedy")),
         *of(PPO_GSM8K, "peak_gb", "start_ended", "end_ended", "end_kl"),
         *of(VERIFIER_SMOLLM2, "verifier_accuracy", "verifier_pairs", "one", "best_of_n", "vote", "oracle"),
