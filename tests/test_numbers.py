@@ -53,6 +53,12 @@ def ratios(name, *rows):
     return [float(table[row][3].split()[0]) for row in rows]
 
 
+def memory(*scripts):
+    """GB that memory.py measured."""
+    table = dict(row[:2] for row in json.loads((RESULTS / "memory.json").read_text())["rows"])
+    return [float(table[script]) for script in scripts]
+
+
 STATED = {  # file: the values of all results in it, percentages as fractions
     "README.md": lambda: [
         *frontier("learned", "1"), *frontier("learned", "0"), *frontier("checker", "1"), *frontier("checker", "0"),
@@ -63,6 +69,7 @@ STATED = {  # file: the values of all results in it, percentages as fractions
         *of(LENGTH_SMOLLM2, "held_out_accuracy", "terse_beats_padded"),
         *of(TOOLS_SMOLLM2, "accuracy_sampled"), *of(VERIFIER_SMOLLM2, "one", "best_of_n"),
     ],
+    "data/README.md": lambda: [*memory("sft", "dpo"), 0.5],  # and the billions of parameters
     "data/results/README.md": lambda: [
         *of(DPO_OPINIONS, "loss", "margin", "held_out_accuracy", "ref_accuracy", "peak_gb"),
         *of(DPO_SMOLLM2, "ref_accuracy"),
