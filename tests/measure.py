@@ -313,9 +313,8 @@ def beside_published(found):
                 claims = breaks.entry(script, name).claims_on(results[0]["reports"], embedded=True)
                 rows = {claim.text(): [compared(claim, some) if some else "" for some in both] for claim in claims}
             at = flags.index("--load")  # the other flags tell apart several clean runs of a script
-            command = f"`{' '.join([f'{script}.py', *flags[:at], *flags[at + 2 :]])}`"
-            if name != "clean":
-                command = f"`{script}.py --break {name}`"
+            words = [*flags[:at], *flags[at + 2 :]] if name == "clean" else ["--break", name]
+            command = f"`{' '.join([f'{script}.py', *words])}`"
             lines += [line(command, text, *cells) for text, cells in rows.items()]
     return lines
 

@@ -25,11 +25,11 @@ SIZES = {
     "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
     "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
-ROLLOUTS = ["--data", "problems.jsonl", "--max_steps", 2, "--problems", 2, "--prompts", 1]
+ROLLOUTS = ["--data", "runs/problems.jsonl", "--max_steps", 2, "--problems", 2, "--prompts", 1]
 FLAGS = {  # two steps, because the optimizer's state is there from the first one on
-    "sft": ["--data", "pairs.jsonl", "--steps", 2, "--batch", 2],
-    "reward_model": ["--data", "pairs.jsonl", "--steps", 2, "--batch", 2],
-    "dpo": ["--data", "pairs.jsonl", "--steps", 2, "--batch", 2],
+    "sft": ["--data", "runs/pairs.jsonl", "--steps", 2, "--batch", 2],
+    "reward_model": ["--data", "runs/pairs.jsonl", "--steps", 2, "--batch", 2],
+    "dpo": ["--data", "runs/pairs.jsonl", "--steps", 2, "--batch", 2],
     "grpo": [*ROLLOUTS, "--group", 4],
     "ppo": [*ROLLOUTS, "--answers", 4, "--epochs", 1],
 }
@@ -43,12 +43,12 @@ def make_model(smollm2, folder):
 
 
 def make_data(data, tok):
-    """pairs.jsonl: the longest twenty that fit into 512 tokens; problems.jsonl: twenty of GSM8K."""
+    """runs/pairs.jsonl: the longest twenty that fit into 512 tokens; runs/problems.jsonl: twenty of GSM8K."""
     pairs = lessons.clean(public.load_rows(data / "ultrafeedback/train.jsonl"), tok, lessons.pair_room(tok, 512))[0]
     pairs.sort(key=lambda row: -len(row["prompt"] + row["chosen"] + row["rejected"]))
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[:20]))
+    Path("runs/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[:20]))
     problems = (data / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    Path("problems.jsonl").write_text("".join(problems[:20]))
+    Path("runs/problems.jsonl").write_text("".join(problems[:20]))
 
 
 def main():
